@@ -1,0 +1,23 @@
+"""What a source of pictures yields and a shard holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One picture, square, with its true alpha where the source has one.
+
+    Attributes:
+        image: ``[H, W, 3]`` uint8 RGB.
+        alpha: ``[H, W]`` uint8, 255 where the foreground is opaque; None where the source has none.
+        metadata: JSON-serialisable facts about the picture.
+    """
+
+    image: NDArray[np.uint8]
+    alpha: NDArray[np.uint8] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)

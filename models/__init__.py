@@ -1,0 +1,1 @@
+"""PyTorch modules of FurryGAN. Imports torch alone."""
