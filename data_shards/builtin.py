@@ -1,0 +1,94 @@
+"""Shard sets the package draws itself: nothing to download."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_shards.errors import UserError
+from data_shards.manifest import MANIFEST_NAME
+from data_shards.shard_set import ShardSet
+from data_shards.sources.furballs import draw
+from data_shards.writer import EncodedSample, encode_sample, write_encoded_shards
+
+_CHUNK = 16  # pictures a worker draws at a time
+_MIN_IMAGES_PER_WORKER = 256  # below, a worker's start costs more than it saves
+
+
+def furballs_shards(
+    root: Path, *, resolution: int, num_images: int, seed: int, num_workers: int | None = None, progress: bool = False
+) -> Path:
+    """The directory of a furballs set, drawn first where it is not there yet.
+
+    The bytes depend on resolution, number and seed alone, not on the number of workers. Processes may call this at the
+    same time: all draw, one set stays. Called with several workers from a script, the script's own code must stand
+    under ``if __name__ == "__main__"``, as its workers are spawned.
+
+    Args:
+        root: directory of shard sets; this one is ``furballs-{resolution}px-{num_images}-seed{seed}`` in it.
+        resolution: side of the pictures, pixels.
+        num_images: how many.
+        seed: of the drawing.
+        num_workers: processes that draw; None: one per core, fewer for a small set.
+        progress: whether to show a bar on stderr.
+    """
+    path = root / f"furballs-{resolution}px-{num_images}-seed{seed}"
+    if path.exists():
+        if _is_whole(path, resolution):
+            return path
+        _remove(path)
+    source = {"kind": "furballs", "resolution": resolution, "num_images": num_images, "seed": seed}
+    with _drawn(resolution, num_images, seed, num_workers) as samples:
+        shown = tqdm(samples, total=num_images, desc=path.name, unit="img", disable=not progress)
+        try:
+            write_encoded_shards(shown, path, resolution=resolution, source=source)
+        except UserError:
+            if not _is_whole(path, resolution):  # else another process was first: its set is the same
+                raise
+    return path
+
+
+def _is_whole(path: Path, resolution: int) -> bool:
+    try:
+        ShardSet.open(path, resolution=resolution).close()
+    except UserError:
+        return False
+    return (path / MANIFEST_NAME).is_file()
+
+
+def _remove(path: Path) -> None:
+    """Remove a broken set; by a rename first, so that the name never stands for a half-removed one."""
+    trash = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        path.rename(trash)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _draw_encoded(index: int, *, resolution: int, seed: int) -> EncodedSample:
+    return encode_sample(draw(index, seed=seed, resolution=resolution), resolution=resolution)
+
+
+@contextmanager
+def _drawn(resolution: int, num_images: int, seed: int, num_workers: int | None) -> Iterator[Iterator[EncodedSample]]:
+    """All pictures in order, drawn and encoded by the workers."""
+    if num_workers is None:
+        num_workers = min(len(os.sched_getaffinity(0)), num_images // _MIN_IMAGES_PER_WORKER)
+    draw_one = partial(_draw_encoded, resolution=resolution, seed=seed)
+    if num_workers <= 1:
+        yield map(draw_one, range(num_images))
+        return
+    # Spawned, not forked: the caller has torch's, DALI's and perhaps CUDA's threads, whose locks a fork would copy.
+    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
+    try:
+        yield pool.map(draw_one, range(num_images), chunksize=_CHUNK)
+    finally:
+        pool.shutdown(cancel_futures=True)

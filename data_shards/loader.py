@@ -1,0 +1,187 @@
+"""The contract of a loader: endless batches of pictures, the same for DALI and webdataset, resumable at any step."""
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from data_shards.errors import UserError
+from data_shards.order import BatchOrder
+from data_shards.shard_set import ShardSet
+
+LoaderKind = Literal["auto", "dali", "webdataset"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One rank's pictures of one step, the caller's to keep.
+
+    Attributes:
+        images: ``[B, 3, R, R]`` float32 in [-1, 1], on the loader's device.
+        alphas: ``[B, 1, R, R]`` float32 in [0, 1], on the loader's device, flipped as the images are; None where the
+            loader was made without.
+        indices: ``[B]`` int64 on the CPU, the samples' numbers in the shard set.
+    """
+
+    images: torch.Tensor
+    alphas: torch.Tensor | None
+    indices: torch.Tensor
+
+
+class Loader(Protocol):
+    """Endless batches of one rank; the state is the step of the batch to be delivered next, exactly."""
+
+    steps_per_epoch: int
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """``step``, and what tells the data and its order apart; the same for any rank and world size."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on so that the next batch is the one that would have come.
+
+        Raises:
+            UserError: the state is of other data or another order.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the threads; the loader cannot be used after. The shard set stays open."""
+        ...
+
+
+class OrderedLoader(ABC):
+    """What the loaders share: counting steps. A subclass makes the batches of consecutive steps."""
+
+    def __init__(self, shard_set: ShardSet, order: BatchOrder) -> None:
+        self.steps_per_epoch = order.steps_per_epoch
+        self._shard_set = shard_set
+        self._order = order
+        self._next_step = 0
+        self._batches: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._batches_from(self._next_step)
+        try:
+            batch = next(self._batches)
+        except Exception:
+            self._stop()  # else the next call would see an exhausted iterator instead of the error
+            raise
+        self._next_step += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Loader.state_dict`."""
+        return {"step": self._next_step, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Loader.load_state_dict`."""
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"the loader's state is of other data: its {name} is {state.get(name)}, but {value}"
+                    f" with {self._shard_set.path}; go on with what the run began with, or start a new run"
+                )
+        self._stop()
+        self._next_step = int(state["step"])
+
+    def close(self) -> None:
+        """See `Loader.close`."""
+        self._stop()
+
+    def _stop(self) -> None:
+        """Drop what is prefetched."""
+        self._batches = None
+
+    def _identity(self) -> dict[str, Any]:
+        order = self._order
+        return {
+            "seed": order.seed,
+            "num_samples": order.num_samples,
+            "global_batch": order.global_batch,
+            "digest": self._shard_set.digest,
+        }
+
+    @abstractmethod
+    def _batches_from(self, step: int) -> Iterator[Batch]:
+        """The batches of `step` and all after."""
+
+
+def make_loader(
+    kind: LoaderKind,
+    shard_set: ShardSet,
+    *,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    flip: bool,
+    with_alpha: bool,
+    device: torch.device,
+    num_threads: int,
+) -> Loader:
+    """A loader of one rank's batches.
+
+    Args:
+        kind: ``"auto"`` is DALI where it is installed, else webdataset.
+        shard_set: what to read; stays the caller's to close.
+        global_batch: pictures per step over all ranks, a multiple of ``4 * world_size``.
+        rank: 0 to ``world_size - 1``.
+        world_size: ranks.
+        seed: of order and flips, the same on all ranks.
+        flip: whether to flip each picture horizontally with probability 1/2.
+        with_alpha: whether to deliver the true alphas.
+        device: where the batches go.
+        num_threads: that decode.
+
+    Raises:
+        ValueError: the global batch does not divide.
+        UserError: DALI was asked for and is not installed, alphas were asked for and the set has none, or the set is
+            smaller than one global batch.
+    """
+    if with_alpha and not shard_set.has_alpha:
+        raise UserError(f"{shard_set.path} has no alphas; choose a set with true alphas, or load it without")
+    order = BatchOrder(
+        shard_set.num_samples, global_batch=global_batch, rank=rank, world_size=world_size, seed=seed, flip=flip
+    )
+    has_dali = _has_dali()
+    if kind == "dali" and not has_dali:
+        raise UserError("DALI is not installed; install nvidia-dali-cuda130 (Linux), or choose the webdataset loader")
+    if kind == "dali" or (kind == "auto" and has_dali):
+        from data_shards.dali import DaliLoader
+
+        return DaliLoader(shard_set, order, with_alpha=with_alpha, device=device, num_threads=num_threads)
+    from data_shards.wds import WebDatasetLoader
+
+    return WebDatasetLoader(shard_set, order, with_alpha=with_alpha, device=device, num_threads=num_threads)
+
+
+def check_size(shard_set: ShardSet, sample: int, height: int, width: int) -> None:
+    """Check a decoded picture's size, pixels.
+
+    Raises:
+        UserError: it is not that of the set.
+    """
+    if (height, width) != (shard_set.resolution, shard_set.resolution):
+        raise UserError(
+            f"{shard_set.location(sample)} is {width}x{height} px in a set of {shard_set.resolution} px;"
+            " build a set of one size"
+        )
+
+
+def _has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # there is no package nvidia at all
+        return False

@@ -1,0 +1,296 @@
+"""The built-in data set: furry creatures on textured backgrounds, with their true alpha.
+
+A picture is a pure function of (seed, index): no files and no licence, and every machine gets the same bytes.
+The creature is drawn with hard edges on a canvas several times finer than the picture, then box-averaged. Alpha is
+therefore exact coverage, and ``image = alpha * foreground + (1 - alpha) * background`` holds at fur and whiskers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.errors import UserError
+from data_shards.sample import Sample
+from data_shards.sources.strands import (
+    NUM_OUTLINE_POINTS,
+    Canvas,
+    Inks,
+    Pelt,
+    Points,
+    Strands,
+    ellipse,
+    turned,
+)
+from data_shards.sources.textures import NATURAL_COLOURS, any_colour, draw_background, vary
+
+MIN_RESOLUTION, MAX_RESOLUTION = 32, 512
+
+POSES = ("portrait", "ball", "sitting")
+EARS = ("round", "pointed", "floppy", "long")
+COATS = ("plain", "patches", "stripes", "mask", "split")
+
+# Inks: fur is (coat colour, shade), then one ink for each other thing.
+NUM_SHADES = 24
+MAIN, SECOND, PALE, SKIN = range(4)
+EYE_RIM, IRIS, PUPIL, GLINT, NOSE, NOSE_SHINE, MOUTH, WHISKER = range(200, 208)
+
+
+@dataclass(frozen=True)
+class Creature:
+    """Everything that is decided before drawing. Head coordinates: origin at its centre, head radius 1, tilt 0."""
+
+    pose: str
+    ears: str
+    coat: str
+    centre: Points  # [2], of the head
+    radius: float  # of the head
+    tilt: float  # radians
+    aspect: float  # width over height of the head
+    fur: float  # strand length, in head radii
+    spots: Points  # [n, 3]: x, y, radius of patches, in head coordinates
+    stripe: tuple[float, float, float]  # waves per radius, phase, wobble
+    pale_muzzle: bool
+    eye: tuple[float, float, float]  # distance from the middle, height, radius, in head coordinates
+    slit_pupils: bool
+    num_whiskers: int  # on each side
+    colours: NDArray[np.uint8]  # [256, 3], of the inks
+    mean_colour: NDArray[np.float64]  # [3], roughly
+
+    def place(self, points: Points) -> Points:
+        """From head coordinates to the picture."""
+        return self.centre + turned(points, self.tilt) * self.radius
+
+    def ink_of(self, positions: Points, shades: Points) -> Inks:
+        """The fur's ink at places in the picture ``[n, 2]`` for shades ``[n]``."""
+        x, y = np.moveaxis(turned((positions - self.centre) / self.radius, -self.tilt), -1, 0)
+        if self.coat == "patches":
+            second = (np.hypot(x[:, None] - self.spots[:, 0], y[:, None] - self.spots[:, 1]) < self.spots[:, 2]).any(1)
+        elif self.coat == "stripes":
+            waves, phase, wobble = self.stripe
+            second = np.sin(waves * y + phase + wobble * np.abs(x)) > 0.25
+        elif self.coat == "mask":
+            second = (np.hypot(np.abs(x) - self.eye[0], y - self.eye[1]) < 0.42) | (y < -0.85) | (y > 1.5)
+        elif self.coat == "split":
+            second = x + 0.15 * np.sin(5 * y) > 0.1
+        else:
+            second = np.zeros(x.shape, bool)
+        colour = np.where(second, SECOND, MAIN)
+        if self.pale_muzzle:
+            chest = np.hypot(x / 0.6, (y - 1.6) / 0.75) < 1
+            colour = np.where((np.hypot(x / 0.5, (y - 0.42) / 0.4) < 1) | chest, PALE, colour)
+        return fur_ink(colour, shades)
+
+
+def fur_ink(colour: Inks, shades: Points) -> Inks:
+    """The ink of a coat colour (MAIN, SECOND, ...) at a shade in 0..1."""
+    return 1 + colour * NUM_SHADES + np.minimum((shades * NUM_SHADES).astype(np.int64), NUM_SHADES - 1)
+
+
+def _colours(rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """The colour of each ink, and roughly the creature's mean colour."""
+    main = any_colour(rng, natural=0.82)
+    second = vary(rng, NATURAL_COLOURS[rng.integers(len(NATURAL_COLOURS))], 15)
+    if np.linalg.norm(second - main) < 90:
+        second = main * 0.45 if main.mean() > 110 else main * 0.4 + 140
+    pale = main * 0.4 + 125
+    skin = np.array([226.0, 158, 150]) * rng.uniform(0.75, 1.05)
+
+    table = np.zeros((256, 3))
+    shade = (np.arange(NUM_SHADES) + 0.5)[:, None] / NUM_SHADES
+    for i, colour in enumerate((main, second, pale, skin)):
+        # Lit tips go towards warm white, not just brighter: dark fur would show no strands otherwise.
+        lift = np.array([75, 70, 60]) * (1 - colour.mean() / 255)
+        lit = colour * (0.5 + 0.75 * shade) + lift * shade**2
+        table[1 + i * NUM_SHADES : 1 + (i + 1) * NUM_SHADES] = lit
+    irises = ((178, 130, 40), (92, 140, 70), (80, 130, 176), (110, 72, 40), (56, 42, 34))
+    noses = ((206, 120, 122), (150, 92, 76), (34, 28, 28))
+    # On dark fur dark eyes and noses would leave no face to see.
+    dark = int(main.mean() < 85)
+    table[EYE_RIM] = (22, 17, 16)
+    table[IRIS] = vary(rng, irises[rng.integers(5 - 2 * dark)], 12)
+    table[PUPIL] = (10, 8, 10)
+    table[GLINT] = (250, 250, 250)
+    table[NOSE] = vary(rng, noses[rng.integers(3 - dark)], 10)
+    table[NOSE_SHINE] = table[NOSE] * 0.6 + 95
+    table[MOUTH] = main * 0.25
+    table[WHISKER] = (244, 242, 236) if rng.random() < 0.7 else (40, 36, 36)
+    return table.clip(0, 255).round().astype(np.uint8), main * 0.75 + second * 0.25
+
+
+def design(rng: np.random.Generator) -> Creature:
+    """Decides on a creature."""
+    pose = POSES[rng.choice(3, p=(0.5, 0.25, 0.25))]
+    ears = EARS[rng.choice(4, p=(0.3, 0.35, 0.22, 0.13))]
+    radius, centre_y = {"portrait": (0.235, 0.48), "ball": (0.28, 0.52), "sitting": (0.188, 0.37)}[pose]
+    if ears == "long":
+        radius, centre_y = radius * 0.92, centre_y + 0.07
+    colours, mean_colour = _colours(rng)
+    return Creature(
+        pose=pose,
+        ears=ears,
+        coat=COATS[rng.choice(5, p=(0.32, 0.2, 0.22, 0.16, 0.1))],
+        centre=np.array([0.5, centre_y]) + rng.uniform(-0.045, 0.045, 2),
+        radius=radius * rng.uniform(0.88, 1.12),
+        tilt=rng.uniform(-0.3, 0.3),
+        aspect=rng.uniform(1.0, 1.2),
+        fur=rng.uniform(0.16, 0.42),
+        spots=np.stack([rng.uniform(-1.1, 1.1, 6), rng.uniform(-1.2, 2.6, 6), rng.uniform(0.35, 0.7, 6)], -1),
+        stripe=(rng.uniform(7, 12), rng.uniform(0, 6.28), rng.uniform(-3, 3)),
+        pale_muzzle=bool(rng.random() < 0.6),
+        eye=(rng.uniform(0.36, 0.46), rng.uniform(-0.2, -0.05), rng.uniform(0.18, 0.25)),
+        slit_pupils=bool(rng.random() < 0.3),
+        num_whiskers=int(rng.integers(2, 7)),
+        colours=colours,
+        mean_colour=mean_colour,
+    )
+
+
+def _pelt(creature: Creature, outline: Points, flow: tuple[float, float], fur: float | Points = 1.0) -> Pelt:
+    """A pelt from an outline and a flow in head coordinates; ``fur`` is relative to the creature's."""
+    placed = creature.place(outline)
+    x, y = placed[:, 0], placed[:, 1]
+    area = abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+    return Pelt(
+        outline=placed,
+        centre=placed.mean(0),
+        flow=turned(np.array(flow), creature.tilt),
+        fur=np.broadcast_to(np.asarray(fur) * creature.fur * creature.radius, len(placed)),
+        num_strands=round(20 + 1500 * area),
+        strand_width=0.08 * creature.radius,
+    )
+
+
+def _ear(kind: str, side: int) -> tuple[Points, tuple[float, float]]:
+    """Outline and flow of an ear in head coordinates; ``side`` is -1 or 1."""
+    if kind == "round":
+        return ellipse((side * 0.74, -0.76), (0.4, 0.38)), (side * 0.3, -0.3)
+    if kind == "floppy":
+        return ellipse((side * 1.02, -0.02), (0.3, 0.68), -side * 0.25), (side * 0.2, 0.9)
+    if kind == "long":
+        return ellipse((side * 0.5, -1.4), (0.24, 0.8), side * 0.22), (side * 0.2, -0.9)
+    corners = np.array([[0.22, -0.72], [0.5, -1.2], [0.82, -1.5], [1.0, -1.05], [1.02, -0.3], [0.6, -0.4]])
+    at = np.arange(24) / 4
+    outline = np.stack([np.interp(at, np.arange(7), np.append(c, c[0])) for c in corners.T], -1)
+    return outline * np.array([side, 1.0]), (side * 0.3, -0.8)
+
+
+def _draw_ears(canvas: Canvas, creature: Creature, rng: np.random.Generator, density: float) -> None:
+    for side in (-1, 1):
+        outline, flow = _ear(creature.ears, side)
+        canvas.grow_on(_pelt(creature, outline, flow, 0.55), rng, density, creature.ink_of)
+        if creature.ears != "floppy":
+            middle = outline.mean(0) * np.array([1.0, 1.03])
+            inner = _pelt(creature, middle + (outline - outline.mean(0)) * 0.55, flow, 0.4)
+            canvas.grow_on(inner, rng, density, lambda at, shades: fur_ink(np.full(len(at), SKIN), shades))
+
+
+def _draw_body(canvas: Canvas, creature: Creature, rng: np.random.Generator, density: float) -> None:
+    """What is behind or below the head: a chest that leaves the picture, feet, or a sitting body with a tail."""
+    parts: list[tuple[Points, tuple[float, float], float]] = []
+    if creature.pose == "ball":
+        parts = [(ellipse((side * 0.42, 0.98), (0.3, 0.2)), (0.0, 0.4), 0.4) for side in (-1, 1)]
+    elif creature.pose == "portrait":
+        parts = [(ellipse((0.0, 1.75), (1.0, 1.25), n=NUM_OUTLINE_POINTS), (0.0, 1.0), 1.1)]
+    else:
+        side = 1 if creature.tilt > 0 else -1
+        parts = [
+            (ellipse((side * 1.3, 1.7), (0.26, 0.85), side * 0.45), (side * 0.3, -0.6), 1.5),
+            (ellipse((0.0, 1.55), (1.02, 1.2), n=NUM_OUTLINE_POINTS), (0.0, 1.0), 1.0),
+            (ellipse((-0.45, 2.55), (0.36, 0.24)), (0.0, 0.6), 0.4),
+            (ellipse((0.45, 2.55), (0.36, 0.24)), (0.0, 0.6), 0.4),
+        ]
+    for outline, flow, fur in parts:
+        canvas.grow_on(_pelt(creature, outline, flow, fur), rng, density, creature.ink_of)
+
+
+def _draw_face(canvas: Canvas, creature: Creature) -> None:
+    """Eyes, nose and mouth."""
+    eye_x, eye_y, eye_r = creature.eye
+    for side in (-1, 1):
+        x = side * eye_x
+        pupil = (0.3, 0.75) if creature.slit_pupils else (0.6, 0.62)
+        canvas.fill(creature.place(ellipse((x, eye_y), (eye_r * 1.22, eye_r * 1.22))), EYE_RIM)
+        canvas.fill(creature.place(ellipse((x, eye_y), (eye_r, eye_r))), IRIS)
+        canvas.fill(creature.place(ellipse((x, eye_y), (eye_r * pupil[0], eye_r * pupil[1]))), PUPIL)
+        canvas.fill(creature.place(ellipse((x - 0.35 * eye_r, eye_y - 0.4 * eye_r), (0.3 * eye_r, 0.3 * eye_r))), GLINT)
+    smile = np.array([[-0.24, 0.6], [-0.12, 0.66], [0.0, 0.56], [0.0, 0.42], [0.0, 0.56], [0.12, 0.66], [0.24, 0.6]])
+    canvas.line(creature.place(smile), 0.045 * creature.radius, MOUTH)
+    nose = np.array([[-0.17, 0.27], [-0.08, 0.23], [0.08, 0.23], [0.17, 0.27], [0.1, 0.38], [0.0, 0.45], [-0.1, 0.38]])
+    canvas.fill(creature.place(nose), NOSE)
+    canvas.fill(creature.place(ellipse((-0.04, 0.275), (0.07, 0.025), n=10)), NOSE_SHINE)
+
+
+def _draw_whiskers(canvas: Canvas, creature: Creature, rng: np.random.Generator) -> None:
+    n = 2 * creature.num_whiskers
+    u = rng.random((n, 4))
+    side = np.where(np.arange(n) % 2, 1.0, -1.0)
+    rank = np.arange(n) // 2 / (creature.num_whiskers - 1) - 0.5
+    roots = np.stack([side * (0.26 + 0.14 * u[:, 0]), 0.45 + 0.24 * rank], -1)
+    angle = 0.75 * rank + 0.3 * (u[:, 1] - 0.5)
+    ahead = np.stack([side * np.cos(angle), np.sin(angle)], -1) * (1.0 + 0.5 * u[:, 2:3])
+    droop = np.array([0.0, 1.0]) * (0.35 * u[:, 3:] - 0.1)
+    # Thinner than a pixel at every resolution: matting is about what no pixel shows whole.
+    width = min(0.01, 0.9 / canvas.resolution)
+    whiskers = Strands(
+        roots=creature.place(roots),
+        middles=creature.place(roots + ahead * 0.55 - droop * 0.5),
+        tips=creature.place(roots + ahead + droop),
+        half_widths=np.full(n, width / 2),
+        shades=np.ones(n),
+    )
+    canvas.draw_strands(whiskers, np.full(n, WHISKER))
+
+
+def _draw_creature(creature: Creature, rng: np.random.Generator, resolution: int) -> Canvas:
+    canvas = Canvas(resolution, factor=8 if resolution <= 64 else 4)
+    density = float(np.sqrt(resolution / MIN_RESOLUTION) * np.sqrt(np.sqrt(resolution / MIN_RESOLUTION)))
+    # One generator a part: a finer picture draws more numbers in a part and must not shift the next one.
+    body, ears, head, whiskers = rng.spawn(4)
+    _draw_body(canvas, creature, body, density)
+    if creature.ears != "floppy":
+        _draw_ears(canvas, creature, ears, density)
+    outline = ellipse((0.0, 0.0), (creature.aspect, 1.0), n=NUM_OUTLINE_POINTS)
+    cheeks = 0.65 + 0.55 * np.abs(outline[:, 0]) * (outline[:, 1] > -0.3)
+    canvas.grow_on(_pelt(creature, outline, (0.0, 0.25), cheeks), head, density, creature.ink_of)
+    if creature.ears == "floppy":
+        _draw_ears(canvas, creature, ears, density)
+    _draw_face(canvas, creature)
+    _draw_whiskers(canvas, creature, whiskers)
+    return canvas
+
+
+def draw(index: int, *, seed: int, resolution: int) -> Sample:
+    """One creature with its true alpha: a pure function of its arguments.
+
+    Args:
+        index: which picture; any number from 0.
+        seed: which data set, from 0.
+        resolution: side in pixels, 32 to 512. The same creature is drawn at each, more or less finely.
+
+    Returns:
+        ``image`` uint8 ``[R, R, 3]``, ``alpha`` uint8 ``[R, R]`` (255 is opaque) and what was drawn as metadata.
+    """
+    if not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
+        raise UserError(f"furballs: resolution {resolution} is outside {MIN_RESOLUTION} to {MAX_RESOLUTION}")
+    if index < 0 or seed < 0:
+        raise UserError(f"furballs: index {index} and seed {seed} must not be negative")
+    scene, fur, behind = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index)))).spawn(3)
+    creature = design(scene)
+    foreground, alpha = _draw_creature(creature, fur, resolution).resolve(creature.colours)
+    background, kind = draw_background(behind, resolution, avoid=creature.mean_colour)
+    rest = (255 - alpha.astype(np.int32))[..., None]
+    image = foreground + (background * rest + 127) // 255
+    return Sample(
+        image=image.clip(0, 255).astype(np.uint8),
+        alpha=alpha,
+        metadata={
+            "source": "furballs",
+            "seed": seed,
+            "index": index,
+            "background": kind,
+            "pose": creature.pose,
+            "ears": creature.ears,
+            "coat": creature.coat,
+        },
+    )

@@ -1,0 +1,140 @@
+"""StyleGAN2's residual discriminator with FurryGAN's mask predictor on its 16x16 features."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models import ops
+from models.layers import EqualizedConv2d, EqualizedLinear
+from models.widths import Widths
+
+MASK_RESOLUTION = 16
+STDDEV_GROUP_SIZE = 4
+
+
+@dataclass(frozen=True)
+class DiscriminatorOutput:
+    """What the discriminator says of n images, the first k of which were judged.
+
+    Attributes:
+        logits: ``[k, 1]``, positive for real.
+        mask_pred: ``D_m [n, 1, 16, 16]`` in [0, 1].
+    """
+
+    logits: Tensor
+    mask_pred: Tensor
+
+
+def minibatch_stddev(x: Tensor, group_size: int = STDDEV_GROUP_SIZE) -> Tensor:
+    """Append the mean standard deviation over groups of samples as one more channel (Karras et al. 2018).
+
+    Group g of a batch of n holds samples g, g + n/4, g + 2n/4, g + 3n/4.
+
+    Args:
+        x: ``[n, C, H, W]``, n at most `group_size` or a multiple of it.
+        group_size: samples a group.
+
+    Returns:
+        ``[n, C + 1, H, W]``.
+    """
+    n, _, height, width = x.shape
+    size = min(group_size, n)
+    if n % size:
+        raise ValueError(f"minibatch stddev needs a batch that is a multiple of {size}, not {n}")
+    groups = x.float().reshape(size, n // size, -1)
+    stddev = (groups.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=1)
+    channel = stddev.repeat(size).view(n, 1, 1, 1).expand(n, 1, height, width)
+    return torch.cat([x, channel.to(x.dtype)], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """``[B, I, H, W] -> [B, O, H/2, W/2]``.
+
+    A 3x3 and a strided 3x3 convolution, plus a skip of one strided 1x1 convolution; their sum over sqrt(2).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = EqualizedConv2d(in_channels, in_channels, 3)
+        self.conv2 = EqualizedConv2d(in_channels, out_channels, 3, downsample=True)
+        self.skip = EqualizedConv2d(in_channels, out_channels, 1, downsample=True, activate=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv2(self.conv1(x)) + self.skip(x)
+        return out / math.sqrt(2.0)
+
+
+class MaskPredictor(nn.Module):
+    """``D_m``: ``[B, C, 16, 16] -> [B, 1, 16, 16]`` in [0, 1].
+
+    Residual block of two 1x1 convolutions C -> C -> 32 with a linear 1x1 skip, then as the mask networks: ReLU, mean
+    over the channels, min-max per image.
+    """
+
+    def __init__(self, in_channels: int, num_channels: int = 32) -> None:
+        super().__init__()
+        self.conv1 = EqualizedConv2d(in_channels, in_channels, 1)
+        self.conv2 = EqualizedConv2d(in_channels, num_channels, 1)
+        self.skip = EqualizedConv2d(in_channels, num_channels, 1, activate=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = (self.conv2(self.conv1(features)) + self.skip(features)) / math.sqrt(2.0)
+        return ops.min_max(torch.relu(x).float().mean(dim=1, keepdim=True))
+
+
+class Discriminator(nn.Module):
+    """``images [n, 3, R, R]`` in [-1, 1] -> logits and 16x16 mask prediction.
+
+    Args:
+        resolution: R, a power of two, 32 or more.
+        widths: channels by resolution.
+    """
+
+    def __init__(self, resolution: int, widths: Widths | None = None) -> None:
+        super().__init__()
+        widths = widths or Widths()
+        self.from_rgb = EqualizedConv2d(3, widths(resolution), 1)
+        # Split at 16x16: the mask predictor branches off there and runs without the rest.
+        to_mask: list[nn.Module] = []
+        to_logits: list[nn.Module] = []
+        at = resolution
+        while at > 4:
+            (to_mask if at > MASK_RESOLUTION else to_logits).append(ResidualBlock(widths(at), widths(at // 2)))
+            at //= 2
+        self.blocks_to_mask = nn.Sequential(*to_mask)
+        self.blocks_to_logits = nn.Sequential(*to_logits)
+        self.mask_predictor = MaskPredictor(widths(MASK_RESOLUTION))
+        self.final_conv = EqualizedConv2d(widths(4) + 1, widths(4), 3)
+        self.final_linear = nn.Sequential(
+            EqualizedLinear(widths(4) * 4 * 4, widths(4), activate=True),
+            EqualizedLinear(widths(4), 1),
+        )
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, *, judged: Sequence[int] | None = None) -> DiscriminatorOutput:
+        """Judge and predict masks in one pass.
+
+        Args:
+            images: ``[n, 3, R, R]``, several minibatches one after the other.
+            judged: lengths of the minibatches that get logits, at the front of `images`; what is left over gets a mask
+                prediction alone. Minibatch stddev never mixes two minibatches. All of `images` as one by default.
+        """
+        judged = [len(images)] if judged is None else judged
+        features = self._features16(images)
+        x = self.blocks_to_logits(features[: sum(judged)])
+        x = self.final_conv(torch.cat([minibatch_stddev(part) for part in x.split(list(judged))]))
+        logits = self.final_linear(x.float().flatten(1))
+        return DiscriminatorOutput(logits=logits, mask_pred=self.mask_predictor(features))
+
+    def predict_mask(self, images: Tensor) -> Tensor:
+        """``D_m [n, 1, 16, 16]`` of ``images [n, 3, R, R]``, without the layers below 16x16."""
+        mask_pred: Tensor = self.mask_predictor(self._features16(images))
+        return mask_pred
+
+    def _features16(self, images: Tensor) -> Tensor:
+        x = self.from_rgb(images.contiguous(memory_format=torch.channels_last))
+        features: Tensor = self.blocks_to_mask(x)
+        return features

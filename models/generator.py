@@ -1,0 +1,158 @@
+"""The generator of FurryGAN: foreground, background and masks from one latent (paper, section 3.2)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import StyledConv, ToRGB
+from models.mapping import MappingNetwork
+from models.masks import MaskNetwork, combine_masks, composite
+from models.widths import Widths
+
+
+@dataclass(frozen=True)
+class GeneratorOutput:
+    """What the generator made of a batch of B latents, the first b of which became composites.
+
+    Attributes:
+        foreground: ``x_fg [B, 3, R, R]`` in [-1, 1].
+        background: ``x_bg [b, 3, R, R]`` in [-1, 1].
+        mask_coarse: ``m_c [B, 1, R, R]`` in [0, 1].
+        mask_fine: ``m_f [B, 1, R, R]`` in [0, 1].
+        mask: final alpha ``m [B, 1, R, R]`` in [0, 1].
+        composite: ``x_comp [b, 3, R, R]``.
+        w_foreground: ``[B, Z]``, for the truncation centre.
+        w_background: ``[b, Z_bg]``, likewise.
+    """
+
+    foreground: Tensor
+    background: Tensor
+    mask_coarse: Tensor
+    mask_fine: Tensor
+    mask: Tensor
+    composite: Tensor
+    w_foreground: Tensor
+    w_background: Tensor
+
+
+class SynthesisNetwork(nn.Module):
+    """StyleGAN2 synthesis without RGB skips: ``w [B, D] -> image [B, 3, R, R], features [B, C, R, R]``.
+
+    Args:
+        resolution: R.
+        widths: channels by resolution before `width_ratio`.
+        width_ratio: numerator of ``n / 4``: 3 for the foreground, 1 for the background.
+        w_dim: D.
+    """
+
+    def __init__(self, resolution: int, widths: Widths, width_ratio: int, w_dim: int) -> None:
+        super().__init__()
+
+        def channels(at: int) -> int:
+            return widths(at) * width_ratio // 4
+
+        self.constant = nn.Parameter(torch.randn(1, channels(4), 4, 4))
+        layers = [StyledConv(channels(4), channels(4), 3, w_dim)]
+        self.noise_resolutions = [4]
+        at = 8
+        while at <= resolution:
+            layers.append(StyledConv(channels(at // 2), channels(at), 3, w_dim, upsample=True))
+            layers.append(StyledConv(channels(at), channels(at), 3, w_dim))
+            self.noise_resolutions += [at, at]
+            at *= 2
+        self.layers = nn.ModuleList(layers)
+        self.to_rgb = ToRGB(channels(resolution), w_dim)
+        self.num_features = channels(resolution)
+
+    def forward(self, w: Tensor, noise: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        x = self.constant.expand(len(w), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        for layer in self.layers:
+            x = layer(x, w, next(noise))
+        return self.to_rgb(x, w), x
+
+
+class FurryGenerator(nn.Module):
+    """Foreground, background and mask generators, and their blend.
+
+    Args:
+        resolution: R, a power of two.
+        widths: channels of a full StyleGAN2; the foreground takes 3/4 of them, the background 1/4.
+        z_dim: length of the foreground latent.
+        z_dim_background: the background latent is this many first entries of the same z.
+    """
+
+    def __init__(
+        self, resolution: int, widths: Widths | None = None, *, z_dim: int = 384, z_dim_background: int = 128
+    ) -> None:
+        super().__init__()
+        widths = widths or Widths()
+        self.resolution = resolution
+        self.z_dim = z_dim
+        self.z_dim_background = z_dim_background
+        self.mapping_foreground = MappingNetwork(z_dim)
+        self.mapping_background = MappingNetwork(z_dim_background)
+        self.synthesis_foreground = SynthesisNetwork(resolution, widths, 3, z_dim)
+        self.synthesis_background = SynthesisNetwork(resolution, widths, 1, z_dim_background)
+        self.mask_network_coarse = MaskNetwork(self.synthesis_foreground.num_features, z_dim)
+        self.mask_network_fine = MaskNetwork(self.synthesis_foreground.num_features, z_dim)
+        self._noise_resolutions = [
+            *self.synthesis_foreground.noise_resolutions,
+            resolution,  # coarse mask
+            resolution,  # fine mask
+            *self.synthesis_background.noise_resolutions,
+        ]
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def num_noise(self) -> int:
+        """Noise values a sample needs: one a pixel of every StyledConv's output."""
+        return sum(r * r for r in self._noise_resolutions)
+
+    def forward(
+        self,
+        z: Tensor,
+        *,
+        fade_in: float = 1.0,
+        num_composites: int | None = None,
+        noise: Tensor | None = None,
+        psi: float = 1.0,
+    ) -> GeneratorOutput:
+        """Generate.
+
+        Args:
+            z: ``[B, z_dim]`` standard normal.
+            fade_in: gamma of Eq. 3.
+            num_composites: make backgrounds and composites of this many first samples; all of them by default.
+            noise: ``[B, num_noise]`` standard normal; drawn anew by default.
+            psi: truncation of both latents.
+        """
+        b = len(z) if num_composites is None else num_composites
+        if noise is None:
+            noise = torch.randn(len(z), self.num_noise, device=z.device)
+        maps = self._noise_maps(noise)
+
+        w_foreground = self.mapping_foreground(z, psi)
+        foreground, features = self.synthesis_foreground(w_foreground, maps)
+        mask_coarse = self.mask_network_coarse(features, w_foreground, next(maps))
+        mask_fine = self.mask_network_fine(features, w_foreground, next(maps))
+        mask = combine_masks(mask_coarse, mask_fine, fade_in)
+
+        w_background = self.mapping_background(z[:b, : self.z_dim_background], psi)
+        background, _ = self.synthesis_background(w_background, (n[:b] for n in maps))
+        return GeneratorOutput(
+            foreground=foreground,
+            background=background,
+            mask_coarse=mask_coarse,
+            mask_fine=mask_fine,
+            mask=mask,
+            composite=composite(foreground[:b], background, mask[:b]),
+            w_foreground=w_foreground,
+            w_background=w_background,
+        )
+
+    def _noise_maps(self, noise: Tensor) -> Iterator[Tensor]:
+        sizes = [r * r for r in self._noise_resolutions]
+        for flat, r in zip(torch.split(noise, sizes, dim=1), self._noise_resolutions, strict=True):
+            yield flat.view(-1, 1, r, r)

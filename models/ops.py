@@ -1,0 +1,87 @@
+"""Resampling and activation: plain torch, any device, twice differentiable.
+
+The filter is StyleGAN2's ``[1, 3, 3, 1]`` (Karras et al. 2020), applied as a depthwise convolution: no compiled
+extension, and `torch.autograd` knows both of its derivatives, which lazy R1 needs.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+LEAKY_SLOPE = 0.2
+ACTIVATION_GAIN = math.sqrt(2.0)
+
+
+def _binomial_filter(x: Tensor) -> Tensor:
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8.0
+    return torch.outer(taps, taps)
+
+
+def blur(x: Tensor, *, padding: int, stride: int = 1, gain: float = 1.0) -> Tensor:
+    """Filter each channel with the outer product of ``[1, 3, 3, 1] / 8``, zero-padded.
+
+    Args:
+        x: ``[B, C, H, W]``.
+        padding: zeros added on every side.
+        stride: keep every n-th output pixel.
+        gain: factor on the output.
+
+    Returns:
+        ``[B, C, (H + 2 padding - 4) // stride + 1, ...]``.
+    """
+    channels = x.shape[1]
+    kernel = (_binomial_filter(x) * gain).expand(channels, 1, 4, 4)
+    return F.conv2d(x, kernel, stride=stride, padding=padding, groups=channels)
+
+
+def upsample_conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """Double the resolution with a 3x3 convolution: zero insertion, convolution, blur with gain 4 (StyleGAN2).
+
+    Args:
+        x: ``[B, I, H, W]``.
+        weight: ``[O, I, 3, 3]``.
+
+    Returns:
+        ``[B, O, 2H, 2W]``.
+    """
+    x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+    return blur(x, padding=1, gain=4.0)
+
+
+def downsample_conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """Halve the resolution with a 3x3 or 1x1 convolution: blur, then strided convolution (StyleGAN2).
+
+    Args:
+        x: ``[B, I, H, W]``, H and W even.
+        weight: ``[O, I, k, k]``, k 3 or 1.
+
+    Returns:
+        ``[B, O, H/2, W/2]``.
+    """
+    if weight.shape[-1] == 1:
+        # A 1x1 convolution reads only the pixels that the stride keeps: do not filter the others.
+        return F.conv2d(blur(x, padding=1, stride=2), weight)
+    return F.conv2d(blur(x, padding=2), weight, stride=2)
+
+
+def leaky_relu(x: Tensor) -> Tensor:
+    """Leaky ReLU of slope 0.2 with gain sqrt(2), which keeps the variance of a unit normal near 1."""
+    return F.leaky_relu(x, LEAKY_SLOPE) * ACTIVATION_GAIN
+
+
+def min_max(x: Tensor, eps: float = 1e-10) -> Tensor:
+    """Scale each image to [0, 1] by its own minimum and maximum (Eq. 2), in float32.
+
+    Args:
+        x: ``[B, 1, H, W]``.
+        eps: keeps a constant image finite (it becomes 0).
+
+    Returns:
+        ``[B, 1, H, W]`` float32 in [0, 1].
+    """
+    x = x.float()
+    low = x.amin(dim=(1, 2, 3), keepdim=True)
+    high = x.amax(dim=(1, 2, 3), keepdim=True)
+    return (x - low) / (high - low + eps)

@@ -1,0 +1,94 @@
+"""Checkpoints: written whole or not at all, found, verified and pruned.
+
+A checkpoint is one file, `checkpoint-<iteration>.pt`, of tensors and plain types, read with ``weights_only=True``. It is
+written under another name, flushed to disk and renamed, so that a crash never leaves half a file under a final name; a
+digest beside it tells damage that came later.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_shards.errors import UserError
+
+PATTERN = re.compile(r"checkpoint-(\d{9})\.pt")
+BEST = "best.pt"
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write `state` to `path` atomically, its sha256 to ``<path>.sha256``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    # The digest comes first: a checkpoint under its final name always has one.
+    _digest_path(path).write_text(_sha256(temporary))
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} is missing: give an existing one, or leave --resume out to start anew")
+    digest = _digest_path(path)
+    if digest.is_file() and digest.read_text().strip() != _sha256(path):
+        raise UserError(f"checkpoint {path} is damaged (its sha256 is not that of {digest.name}): use another one")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}): use another one") from error
+    return state
+
+
+def checkpoint_path(directory: Path, iteration: int) -> Path:
+    """File of the checkpoint after `iteration` iterations."""
+    return directory / f"checkpoint-{iteration:09d}.pt"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run, newest first."""
+    found = [p for p in directory.glob("checkpoint-*.pt") if PATTERN.fullmatch(p.name)]
+    return sorted(found, reverse=True)
+
+
+def load_latest(
+    directory: Path, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Path, dict[str, Any] | UserError]]:
+    """Checkpoints of a run, newest first, each with its state or with what is wrong with it."""
+    for path in list_checkpoints(directory):
+        try:
+            yield path, load_checkpoint(path, device)
+        except UserError as error:
+            yield path, error
+
+
+def prune_checkpoints(directory: Path, keep: int) -> None:
+    """Delete all but the `keep` newest; never the best one."""
+    for path in list_checkpoints(directory)[keep:]:
+        path.unlink()
+        _digest_path(path).unlink(missing_ok=True)
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

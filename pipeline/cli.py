@@ -1,0 +1,99 @@
+"""How every command reads its arguments and ends on a user's mistake.
+
+Arguments come from, in rising order: the preset of `--dataset`, the file of `--config` (or the saved configuration of
+`--resume`), the command line.
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from data_shards.errors import UserError
+from pipeline.config import Config
+from pipeline.config_io import config_from_dict, load_config, merge
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the command line says."""
+
+    tree: Annotated[Config, tyro.conf.arg(name="")]
+    """The configuration."""
+    config: Path | None = None
+    """YAML file of overrides, complete or partial; every run saves one."""
+    resume: Path | None = None
+    """Run directory to go on with, under its own configuration."""
+
+
+def parse_config(description: str, argv: list[str] | None = None) -> tuple[Config, Path | None]:
+    """Read the command line.
+
+    Returns:
+        The configuration, and the run directory of `--resume` if it was given.
+
+    Raises:
+        UserError: an argument or value that does not exist or is impossible.
+        SystemExit: after `--help`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--dataset", "--config", "--resume", "--data"):
+        first.add_argument(name)
+    named, _ = first.parse_known_args(argv)
+
+    values: dict[str, Any] = {}
+    if named.resume is not None:
+        saved = Path(named.resume) / CONFIG_FILE
+        if not saved.is_file():
+            raise UserError(f"--resume {named.resume}: there is no {CONFIG_FILE} in it, so it is not a run directory")
+        values = load_config(saved) | {"run_dir": named.resume}
+    if named.config is not None:
+        values = merge(values, load_config(Path(named.config)))
+    # Known before the rest is parsed: both decide whether the defaults are possible at all.
+    values |= {name: value for name in ("dataset", "data") if (value := getattr(named, name)) is not None}
+    helping = bool({"-h", "--help"} & set(argv))
+    if helping:
+        values.setdefault("data", "SHARDS")
+    base = config_from_dict(values)
+
+    with _one_line_errors(passthrough=helping):
+        parsed = tyro.cli(
+            Arguments,
+            prog=Path(sys.argv[0]).name,
+            description=description,
+            args=argv,
+            default=Arguments(tree=base),
+        )
+    return parsed.tree, parsed.resume
+
+
+@contextlib.contextmanager
+def _one_line_errors(*, passthrough: bool) -> Iterator[None]:
+    """Turn tyro's boxed error messages into one line."""
+    captured = io.StringIO()
+    try:
+        with contextlib.nullcontext() if passthrough else contextlib.redirect_stderr(captured):
+            yield
+    except SystemExit as error:
+        if passthrough or not error.code:
+            raise
+        words = " ".join(captured.getvalue().translate(str.maketrans("", "", "╭─╮│╰╯")).split())
+        raise UserError(words) from None
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; a user's mistake ends it with one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

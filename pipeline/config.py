@@ -1,0 +1,268 @@
+"""The one configuration tree: every number that a run depends on, with its explanation.
+
+`python pipeline/train.py --help` shows it, presets fill it, a YAML file or the command line overrides it
+(`pipeline/config_io.py`), and every run saves it resolved as `config.yaml`. Needs the standard library alone.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
+
+from data_shards.errors import UserError
+from models.discriminator import STDDEV_GROUP_SIZE
+
+MIN_RESOLUTION, MAX_RESOLUTION = 32, 1024
+
+
+class Bounds(NamedTuple):
+    """Least and greatest value of a field."""
+
+    low: float
+    high: float = math.inf
+
+
+Weight = Annotated[float, Bounds(0)]
+Share = Annotated[float, Bounds(0, 1)]
+Count = Annotated[int, Bounds(1)]
+CountOrZero = Annotated[int, Bounds(0)]
+Positive = Annotated[float, Bounds(math.ulp(0.0))]
+
+
+class _Section:
+    # Read by pydantic when a file is validated: an unknown key is an error.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Section):
+    """Sizes of the networks."""
+
+    channel_base: Count = 32768
+    """Feature channels are min(channel_max, channel_base / resolution); 32768 is StyleGAN2's 'config f'."""
+    channel_max: Annotated[int, Bounds(16)] = 512
+    """Most feature channels of the discriminator; the foreground generator has 3/4 of them, the background 1/4."""
+    z_dim: Count = 384
+    """Length of the foreground latent z."""
+    z_dim_background: Count = 128
+    """The background latent is this many first entries of the same z."""
+
+
+@dataclass(frozen=True)
+class LossConfig(_Section):
+    """Weights, thresholds and intervals of the losses (paper, section 3.3)."""
+
+    r1: Weight = 1.0
+    """gamma of R1; the penalty is weighted gamma / 2 * r1_interval."""
+    r1_interval: Count = 16
+    """Iterations between R1 steps (lazy regularisation)."""
+    prediction: Weight = 1.0
+    """Weight of L_pred (Eq. 4): trains the mask predictor."""
+    consistency: Weight = 1.0
+    """Weight of L_cons (Eq. 5); not rescaled by its interval."""
+    consistency_interval: Count = 2
+    """Iterations between uses of L_cons."""
+    consistency_start: CountOrZero = 0
+    """First iteration of L_cons; the unaligned recipe waits 5,000."""
+    binarization_start: Weight = 5.0
+    """lambda_bin at iteration 0 (Eq. 8)."""
+    binarization_end: Weight = 0.5
+    """lambda_bin after its decay; the unaligned recipe keeps 2.0."""
+    binarization_iterations: CountOrZero = 5000
+    """Iterations of the linear decay of lambda_bin."""
+    area: Weight = 5.0
+    """lambda_area (Eq. 8)."""
+    phi1: Share = 0.35
+    """Least area of the coarse mask (Eq. 7)."""
+    area_over_batch: bool = False
+    """One area hinge on the mean over the global batch (unaligned recipe) instead of one an image."""
+    fine: Weight = 5.0
+    """lambda_fine: weight of L_fine (Eq. 9)."""
+    phi2: Share = 0.01
+    """Most area that the fine mask may add (Eq. 9)."""
+    participation: Weight = 1.0
+    """Weight of L_bgp (Eq. 10); not rescaled by its interval."""
+    participation_interval: Count = 2
+    """Iterations between uses of L_bgp."""
+    fade_in_iterations: CountOrZero = 5000
+    """Iterations over which the fine mask fades in (gamma of Eq. 3)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(_Section):
+    """Adam and the average of the generator."""
+
+    learning_rate: Positive = 0.002
+    """Before the lazy scaling: G takes 4/5 of it, D 16/17 (r1_interval / (r1_interval + 1))."""
+    ema_halflife_images: Positive = 5000.0
+    """Half-life of the generator's exponential moving average, in images."""
+    ema_rampup: Positive | None = None
+    """The half-life is at most this share of the images seen; None: constant, as in the paper."""
+
+
+@dataclass(frozen=True)
+class LogConfig(_Section):
+    """What a run records, and how often; intervals count images seen."""
+
+    metrics_interval_images: Count = 8_000
+    """Between rows of metrics.jsonl."""
+    grid_interval_images: Count = 200_000
+    """Between sample grids."""
+    checkpoint_interval_images: Count = 200_000
+    """Between checkpoints."""
+    keep_checkpoints: Count = 3
+    """Newest checkpoints to keep; the best one is kept besides."""
+    grid_columns: Annotated[int, Bounds(1, 32)] = 8
+    """Latents in a sample grid."""
+    tracking_uri: str = "sqlite:///runs/mlflow.db"
+    """MLflow store: a database or a tracking server; 'none' for metrics.jsonl alone."""
+    experiment: str = "furrygan"
+    """MLflow experiment."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(_Section):
+    """Mask metrics against pseudo ground truth; where shards carry alpha."""
+
+    interval_images: Count = 200_000
+    """Between evaluations while training."""
+    num_samples: Count = 256
+    """Generated foregrounds of an evaluation while training."""
+    num_samples_final: Count = 1000
+    """Generated foregrounds of the last evaluation."""
+    threshold: Share = 0.5
+    """Alpha above it is foreground."""
+    segmenter_images: Count = 4096
+    """Most images that the pseudo-ground-truth segmenter is fitted on; an eighth is held out."""
+    segmenter_steps: Count = 600
+    """Optimizer steps of that fit."""
+
+
+@dataclass(frozen=True)
+class Config(_Section):
+    """Everything that a training run depends on."""
+
+    dataset: str = "furballs"
+    """Preset that the other fields start from."""
+    data: str | None = None
+    """Directory of WebDataset shards; without it the furballs preset draws its own."""
+    resolution: int = 256
+    """Side of the square images in pixels: a power of two from 32 to 1024."""
+    batch: Count = 16
+    """Images a step over all ranks; a multiple of 4 times the ranks."""
+    steps: Count = 300_000
+    """Iterations to train in all."""
+    seed: CountOrZero = 0
+    """All randomness of the run derives from it."""
+    run_dir: Path | None = None
+    """Where the run is kept; runs/<dataset>-<time> by default. One that holds a run goes on with it."""
+    loader: Literal["auto", "dali", "webdataset"] = "auto"
+    """Who decodes: NVIDIA DALI, or webdataset where DALI is not at hand."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    num_images: Count = 4096
+    """How many furballs to draw when there is no --data."""
+    cache_dir: Path = Path("shards")
+    """Where furballs and fitted segmenters are kept between runs."""
+    num_threads: CountOrZero = 0
+    """CPU threads of a process; 0 shares the cores among the processes of this machine."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the networks."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Weights, thresholds and intervals of the losses."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Adam and the average of the generator."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What a run records, and how often."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Mask metrics."""
+
+    def __post_init__(self) -> None:
+        for name, value, bounds in _bounded_fields(self):
+            if not bounds.low <= value <= bounds.high:
+                limit = f"at least {bounds.low:g}" if bounds.high == math.inf else f"{bounds.low:g} to {bounds.high:g}"
+                raise UserError(f"config key {name!r}: {value} is out of bounds, give {limit}")
+        if self.dataset not in PRESETS:
+            raise UserError(f"dataset {self.dataset!r} is unknown: choose one of {', '.join(PRESETS)}")
+        if not MIN_RESOLUTION <= self.resolution <= MAX_RESOLUTION or self.resolution & (self.resolution - 1):
+            raise UserError(
+                f"resolution {self.resolution} is impossible: "
+                f"give a power of two from {MIN_RESOLUTION} to {MAX_RESOLUTION}"
+            )
+        if self.batch % STDDEV_GROUP_SIZE:
+            raise UserError(
+                f"batch {self.batch} is impossible: half of it becomes composites and minibatch stddev takes groups of "
+                f"{STDDEV_GROUP_SIZE}, so give a multiple of {STDDEV_GROUP_SIZE}"
+            )
+        if self.model.channel_base < 4 * self.resolution:
+            raise UserError(
+                f"model.channel_base {self.model.channel_base} leaves no channels for the background at "
+                f"{self.resolution} px: give at least {4 * self.resolution}"
+            )
+        if self.model.z_dim_background > self.model.z_dim:
+            raise UserError(
+                f"model.z_dim_background {self.model.z_dim_background} is more than model.z_dim {self.model.z_dim}: "
+                "the background latent is the front part of the foreground's"
+            )
+        if self.data is None and self.dataset != "furballs":
+            raise UserError(f"dataset {self.dataset} needs pictures: give --data DIRECTORY with its WebDataset shards")
+
+
+def _aligned(**loss: Any) -> dict[str, Any]:
+    return {"loss": loss}
+
+
+def _unaligned(phi1: float) -> dict[str, Any]:
+    """Appendix F. Its phi1 is lost in the text: the values are our guess until a sweep says better."""
+    return {
+        "loss": {
+            "binarization_end": 2.0,
+            "consistency_start": 5000,
+            "area_over_batch": True,
+            "phi1": phi1,
+        }
+    }
+
+
+def _furballs() -> dict[str, Any]:
+    """Small enough for two CPU cores and a few minutes; the schedules are shortened with the run."""
+    return {
+        "resolution": 32,
+        "steps": 2400,
+        "model": {"channel_base": 2048, "channel_max": 64},
+        "loss": {"binarization_iterations": 500, "fade_in_iterations": 500},
+        "optimizer": {"ema_rampup": 0.1},
+        "log": {
+            "metrics_interval_images": 400,
+            "grid_interval_images": 8_000,
+            "checkpoint_interval_images": 8_000,
+        },
+        "evaluation": {"interval_images": 8_000},
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "furballs": _furballs(),
+    "ffhq": _aligned(),
+    "afhqv2_cat": _aligned(),
+    "lsun_horse": _unaligned(phi1=0.2),
+    "lsun_church": _unaligned(phi1=0.2),
+    "lsun_cat": _unaligned(phi1=0.2),
+    "cub": _unaligned(phi1=0.15),
+    "compcars": _unaligned(phi1=0.2),
+}
+"""Overrides of the defaults by dataset; the defaults are the paper's for aligned data at 256 px."""
+
+
+def _bounded_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, float, Bounds]]:
+    """Dotted name, value and bounds of every bounded field that is set."""
+    hints = get_type_hints(type(section), include_extras=True)
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if is_dataclass(value):
+            yield from _bounded_fields(value, f"{prefix}{f.name}.")
+        elif value is not None:
+            for bounds in (a for part in (hints[f.name], *get_args(hints[f.name])) for a in get_args(part)):
+                if isinstance(bounds, Bounds):
+                    yield prefix + f.name, value, bounds

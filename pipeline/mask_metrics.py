@@ -1,0 +1,75 @@
+"""Agreement of predicted with true masks, from pixel counts over a whole set of images.
+
+Counts are pooled over all pixels of all images, as in the paper's tables (their F1, precision and recall agree with
+their IoU only so).
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MaskMetrics:
+    """Figures of the paper's tables, each in [0, 1]; nan where the denominator is empty.
+
+    Attributes:
+        iou_fg: intersection over union of the foreground.
+        iou_bg: of the background.
+        miou: mean of both.
+        precision: share of the predicted foreground that is right.
+        recall: share of the true foreground that is found.
+        f1: harmonic mean of precision and recall.
+        accuracy: share of pixels that are right (the paper's column of that name repeats iou_fg).
+    """
+
+    iou_fg: float
+    iou_bg: float
+    miou: float
+    precision: float
+    recall: float
+    f1: float
+    accuracy: float
+
+    def named(self, prefix: str) -> dict[str, float]:
+        """Flat metric names, such as ``mask/iou_fg``."""
+        return {f"{prefix}/{name}": value for name, value in asdict(self).items()}
+
+
+class MaskCounter:
+    """Pools the confusion counts of batches of masks.
+
+    Args:
+        threshold: a value above it is foreground, in prediction and truth alike.
+    """
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        self.threshold = threshold
+        self._counts = torch.zeros(4, dtype=torch.int64)
+
+    def add(self, predicted: Tensor, true: Tensor) -> None:
+        """Count a batch; both in [0, 1] and of one shape."""
+        if predicted.shape != true.shape:
+            raise ValueError(f"masks of shape {tuple(predicted.shape)} and {tuple(true.shape)} cannot be compared")
+        p, t = predicted > self.threshold, true > self.threshold
+        counts = torch.stack([(p & t).sum(), (p & ~t).sum(), (~p & t).sum(), (~p & ~t).sum()])
+        self._counts += counts.cpu()
+
+    def metrics(self) -> MaskMetrics:
+        """The figures of all that was counted."""
+        tp, fp, fn, tn = (float(c) for c in self._counts)
+        iou_fg, iou_bg = _ratio(tp, tp + fp + fn), _ratio(tn, tn + fp + fn)
+        return MaskMetrics(
+            iou_fg=iou_fg,
+            iou_bg=iou_bg,
+            miou=(iou_fg + iou_bg) / 2,
+            precision=_ratio(tp, tp + fp),
+            recall=_ratio(tp, tp + fn),
+            f1=_ratio(2 * tp, 2 * tp + fp + fn),
+            accuracy=_ratio(tp + tn, tp + fp + fn + tn),
+        )
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else float("nan")

@@ -1,0 +1,200 @@
+"""Training phases as data: what each trains, how often it is due, and what it computes.
+
+`d_main` teaches the discriminator and its mask predictor (Eq. 11), `d_r1` regularises it lazily, `g_main` teaches the
+generator (Eq. 12). Each runs the discriminator forward once. With B samples a rank, the first B/2 become composites and the
+last B/2 are judged as foregrounds: the dual fake input (paper, section 3.1).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.discriminator import Discriminator, DiscriminatorOutput
+from models.generator import FurryGenerator, GeneratorOutput
+from pipeline import losses
+from pipeline.config import LossConfig
+from pipeline.distributed import global_mean
+from pipeline.randomness import Draw, Stream
+from pipeline.schedules import is_due, linear_ramp
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The two networks, bare and as the gradient synchronisation wraps them (the same objects on one rank)."""
+
+    generator: FurryGenerator
+    discriminator: Discriminator
+    generator_synced: nn.Module
+    discriminator_synced: nn.Module
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a phase works on.
+
+    Attributes:
+        networks: G and D.
+        config: weights, thresholds and intervals.
+        iteration: from 0.
+        images: real ``[B, 3, R, R]`` in [-1, 1].
+        draw: latents and noise of the phase; None where its `stream` is None.
+    """
+
+    networks: Networks
+    config: LossConfig
+    iteration: int
+    images: Tensor
+    draw: Draw | None
+
+    @property
+    def fade_in(self) -> float:
+        """Gamma of Eq. 3."""
+        return linear_ramp(self.iteration, 0.0, 1.0, self.config.fade_in_iterations)
+
+    def generate(self, generator: nn.Module) -> GeneratorOutput:
+        """Foregrounds of all B latents, composites of the first half."""
+        assert self.draw is not None
+        z, noise = self.draw.z, self.draw.noise
+        out: GeneratorOutput = generator(z, noise=noise, fade_in=self.fade_in, num_composites=len(z) // 2)
+        return out
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """What a phase computed.
+
+    Attributes:
+        terms: loss terms by name, without their weights.
+        weights: their weights; the phase's loss is the weighted sum.
+        observed: other scalars worth logging, detached, by metric name.
+        generated: G's output where G is trained, for the truncation centre.
+    """
+
+    terms: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    observed: Mapping[str, Tensor]
+    generated: GeneratorOutput | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """Weighted sum of the terms."""
+        return torch.stack([self.weights[name] * value for name, value in self.terms.items()]).sum()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimizer step.
+
+    Attributes:
+        name: as in logs, profiles and MLflow.
+        trains: whose parameters move.
+        interval: due every so many iterations.
+        stream: of the random numbers that it needs, if any.
+        compute: forward pass and loss terms.
+    """
+
+    name: str
+    trains: Literal["generator", "discriminator"]
+    interval: int
+    stream: Stream | None
+    compute: Callable[[Step], PhaseResult]
+
+
+def training_phases(config: LossConfig) -> tuple[Phase, ...]:
+    """The phases of an iteration, in order."""
+    return (
+        Phase("d_main", "discriminator", 1, Stream.D_MAIN, d_main),
+        Phase("d_r1", "discriminator", config.r1_interval, None, d_r1),
+        Phase("g_main", "generator", 1, Stream.G_MAIN, g_main),
+    )
+
+
+def d_main(step: Step) -> PhaseResult:
+    """Adversarial loss on real and fake, and mask prediction (Eqs. 4 and 11)."""
+    batch, half = len(step.images), len(step.images) // 2
+    with torch.no_grad():
+        fake = step.generate(step.networks.generator)
+    images = torch.cat([step.images, fake.composite, fake.foreground[half:], fake.foreground[:half]])
+    # Foregrounds of the composite half are not fakes: they only go as far as the mask predictor.
+    out: DiscriminatorOutput = step.networks.discriminator_synced(images, judged=(batch, batch))
+    logits_real, logits_fake = out.logits.split(batch)
+    _, pred_composite, _, pred_foreground = out.mask_pred.split([batch, half, half, half])
+    return PhaseResult(
+        terms={
+            "adversarial": losses.d_logistic(logits_real, logits_fake),
+            "prediction": losses.mask_prediction(fake.mask[:half], pred_composite, pred_foreground),
+        },
+        weights={"adversarial": 1.0, "prediction": step.config.prediction},
+        observed={
+            "score/real": logits_real.detach().mean(),
+            "score/fake": logits_fake.detach().mean(),
+            "score/accuracy": (torch.cat([logits_real, -logits_fake]).detach() > 0).float().mean(),
+        },
+    )
+
+
+def d_r1(step: Step) -> PhaseResult:
+    """Lazy R1 on the real images; the weight makes up for the interval."""
+    images = step.images.detach().requires_grad_()
+    out: DiscriminatorOutput = step.networks.discriminator_synced(images)
+    # R1 reaches neither the mask predictor nor the last bias. Zero gradients instead of none keep DDP's ranks in step.
+    anchor = 0.0 * (out.logits.sum() + out.mask_pred.sum())
+    return PhaseResult(
+        terms={"r1": losses.r1_penalty(out.logits, images) + anchor},
+        weights={"r1": step.config.r1 / 2 * step.config.r1_interval},
+        observed={},
+    )
+
+
+def g_main(step: Step) -> PhaseResult:
+    """Adversarial, consistency, coarse and fine mask and participation losses (Eqs. 5 to 10 and 12)."""
+    config, iteration, half = step.config, step.iteration, len(step.images) // 2
+    out = step.generate(step.networks.generator_synced)
+    with_consistency = iteration >= config.consistency_start and is_due(iteration, config.consistency_interval)
+
+    fakes = [out.composite, out.foreground[half:]]
+    if with_consistency:
+        fakes.append(out.foreground[:half].detach())
+    judged = step.networks.discriminator(torch.cat(fakes), judged=(2 * half,))
+
+    area = losses.mask_area(out.mask_coarse)
+    terms = {
+        "adversarial": losses.g_nonsaturating(judged.logits),
+        "binarization": losses.binarization(out.mask_coarse),
+        "area": losses.area_hinge(global_mean(area) if config.area_over_batch else area, config.phi1),
+        "fine": losses.fine_area(out.mask[:half], out.mask_coarse[:half], config.phi2),
+    }
+    if with_consistency:
+        terms["consistency"] = losses.mask_consistency(judged.mask_pred[2 * half :], judged.mask_pred[:half])
+    if is_due(iteration, config.participation_interval):
+        terms["participation"] = losses.background_participation(out.foreground[:half], out.background, out.mask[:half])
+    return PhaseResult(
+        terms=terms,
+        weights={
+            "adversarial": 1.0,
+            "binarization": linear_ramp(
+                iteration, config.binarization_start, config.binarization_end, config.binarization_iterations
+            ),
+            "area": config.area,
+            "fine": config.fine,
+            "consistency": config.consistency,
+            "participation": config.participation,
+        },
+        observed=_mask_statistics(out),
+        generated=out,
+    )
+
+
+@torch.no_grad()
+def _mask_statistics(out: GeneratorOutput) -> dict[str, Tensor]:
+    return {
+        "mask/area": out.mask.mean(),
+        "mask/area_coarse": out.mask_coarse.mean(),
+        "mask/area_fine": (out.mask - out.mask_coarse).mean(),
+        "mask/binarization": losses.binarization(out.mask_coarse),
+        "mask/min": out.mask.amin(dim=(1, 2, 3)).mean(),
+        "mask/max": out.mask.amax(dim=(1, 2, 3)).mean(),
+    }

@@ -1,0 +1,57 @@
+"""Latents and noise as a function of (seed, stream, iteration, sample): nothing to save, nothing to synchronise.
+
+Each sample of the global batch has a generator of its own, so that a resumed run draws what the interrupted one would
+have drawn, and a sample gets the same numbers on whichever rank it lands.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Stream(IntEnum):
+    """Who draws; two streams never share a number."""
+
+    D_MAIN = 0
+    G_MAIN = 1
+    GRID = 2
+    EVALUATION = 3
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random input of the generator for b samples.
+
+    Attributes:
+        z: ``[b, z_dim]`` standard normal.
+        noise: ``[b, num_noise]`` standard normal.
+    """
+
+    z: Tensor
+    noise: Tensor
+
+
+def draw(
+    seed: int,
+    stream: Stream,
+    iteration: int,
+    slots: Sequence[int] | NDArray[np.int64],
+    *,
+    z_dim: int,
+    num_noise: int,
+    device: torch.device,
+) -> Draw:
+    """Draw for the samples `slots` (positions in the global batch) of one iteration."""
+    states = np.random.SeedSequence([seed, int(stream), iteration]).generate_state(int(max(slots)) + 1, np.uint64)
+    generator = torch.Generator(device)
+    rows = torch.empty(len(slots), z_dim + num_noise, device=device)
+    for row, slot in zip(rows, slots, strict=True):
+        generator.manual_seed(int(states[slot] >> np.uint64(1)))  # torch takes 63 bits
+        row.normal_(generator=generator)
+    z, noise = rows.split([z_dim, num_noise], dim=1)
+    return Draw(z, noise)

@@ -1,0 +1,286 @@
+"""The loaders: the same pictures in the same order for any number of ranks and either library, resumable exactly."""
+
+import io
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_shards.errors import UserError
+from data_shards.loader import Batch, Loader, LoaderKind, make_loader
+from data_shards.order import BatchOrder, rank_slots
+from data_shards.sample import Sample
+from data_shards.shard_set import ShardSet
+from data_shards.writer import write_encoded_shards, write_shards
+
+NUM_SAMPLES, RESOLUTION = 22, 16
+KINDS = ("dali", "webdataset")
+
+
+@pytest.fixture(scope="module")
+def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardSet]:
+    """Pictures of noise whose red channel is their alpha."""
+    images = np.random.default_rng(0).integers(256, size=(NUM_SAMPLES, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
+    out = tmp_path_factory.mktemp("shards") / "set"
+    samples = (Sample(image, image[..., 0].copy()) for image in images)
+    write_shards(samples, out, resolution=RESOLUTION, source={}, samples_per_shard=8)
+    shard_set = ShardSet.open(out)
+    yield shard_set
+    shard_set.close()
+
+
+def loader_of(
+    shard_set: ShardSet,
+    kind: LoaderKind,
+    *,
+    global_batch: int = 8,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 5,
+    flip: bool = True,
+    with_alpha: bool = True,
+    device: str = "cpu",
+) -> Loader:
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali")
+    return make_loader(
+        kind,
+        shard_set,
+        global_batch=global_batch,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        flip=flip,
+        with_alpha=with_alpha,
+        device=torch.device(device),
+        num_threads=1,
+    )
+
+
+def take(loader: Loader, num_batches: int) -> list[Batch]:
+    return [next(loader) for _ in range(num_batches)]
+
+
+def assert_equal(batches: list[Batch], others: list[Batch], atol: float = 0.0) -> None:
+    for batch, other in zip(batches, others, strict=True):
+        assert torch.equal(batch.indices, other.indices)
+        torch.testing.assert_close(batch.images, other.images, rtol=0, atol=atol)
+        torch.testing.assert_close(batch.alphas, other.alphas, rtol=0, atol=atol)
+
+
+# --- order ---
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_partition_the_batch_and_keep_groups_and_halves(world_size: int) -> None:
+    n = 32
+    slots = [rank_slots(n, rank, world_size) for rank in range(world_size)]
+    assert sorted(np.concatenate(slots)) == list(range(n))
+    groups = {tuple(group) for slot in slots for group in slot.reshape(4, -1).T}
+    assert groups == {(g, g + n // 4, g + n // 2, g + 3 * n // 4) for g in range(n // 4)}
+    for slot in slots:
+        assert slot[: len(slot) // 2].max() < n // 2 <= slot[len(slot) // 2 :].min()
+
+
+def test_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="24 is not a multiple of 4 x 4 ranks"):
+        rank_slots(24, 0, 4)
+
+
+def test_set_smaller_than_a_batch_is_refused() -> None:
+    with pytest.raises(UserError, match="the set has 7 pictures, fewer than one global batch of 8"):
+        BatchOrder(7, global_batch=8, seed=0, flip=True)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_any_number_of_ranks_see_the_same_global_batch(world_size: int) -> None:
+    alone = BatchOrder(100, global_batch=16, seed=1, flip=True)
+    ranks = [
+        BatchOrder(100, global_batch=16, rank=rank, world_size=world_size, seed=1, flip=True)
+        for rank in range(world_size)
+    ]
+    for step in range(2 * alone.steps_per_epoch):
+        indices, flips = alone.batch_at(step)
+        gathered = np.empty_like(indices), np.empty_like(flips)
+        for rank, order in enumerate(ranks):
+            slots = rank_slots(16, rank, world_size)
+            gathered[0][slots], gathered[1][slots] = order.batch_at(step)
+        assert np.array_equal(indices, gathered[0]) and np.array_equal(flips, gathered[1])
+
+
+def test_no_sample_comes_twice_in_an_epoch_and_each_epoch_is_new() -> None:
+    order = BatchOrder(100, global_batch=16, seed=1, flip=True)
+    steps = range(order.steps_per_epoch)
+    epochs = [
+        np.concatenate([order.batch_at(epoch * order.steps_per_epoch + step)[0] for step in steps])
+        for epoch in range(3)
+    ]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == 96
+    for epoch, following in pairwise(epochs):
+        assert not np.array_equal(epoch, following)
+        assert set(epoch) != set(following)  # the remainder dropped is another one
+
+
+def test_order_is_a_function_of_seed_and_step_alone() -> None:
+    def drawn(seed: int, flip: bool = True) -> list[int]:
+        order = BatchOrder(64, global_batch=16, seed=seed, flip=flip)
+        order.batch_at(17)
+        return order.batch_at(9)[0].tolist()
+
+    assert drawn(1) == drawn(1) == drawn(1, flip=False) != drawn(2)
+
+
+def test_flips_are_fair_and_can_be_turned_off() -> None:
+    orders = [BatchOrder(4096, global_batch=4096, seed=0, flip=flip) for flip in (True, False)]
+    assert 0.45 < orders[0].batch_at(0)[1].mean() < 0.55
+    assert not orders[1].batch_at(0)[1].any()
+
+
+# --- loaders ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_are_the_stored_pixels_with_alpha_flipped_alike(shard_set: ShardSet, kind: LoaderKind) -> None:
+    loader = loader_of(shard_set, kind)
+    order = BatchOrder(NUM_SAMPLES, global_batch=8, seed=5, flip=True)
+    seen_flips = set()
+    for step, batch in enumerate(take(loader, 4)):
+        indices, flips = order.batch_at(step)
+        assert batch.images.dtype == torch.float32 and batch.images.shape == (8, 3, RESOLUTION, RESOLUTION)
+        assert batch.alphas is not None and batch.alphas.shape == (8, 1, RESOLUTION, RESOLUTION)
+        assert batch.indices.tolist() == indices.tolist() and batch.indices.dtype == torch.int64
+        assert batch.images.min() >= -1 and batch.images.max() <= 1
+        for image, alpha, index, flip in zip(batch.images, batch.alphas, indices, flips, strict=True):
+            stored = np.asarray(Image.open(io.BytesIO(shard_set.image_bytes(int(index)))))
+            stored = stored[:, ::-1] if flip else stored
+            np.testing.assert_allclose(image.permute(1, 2, 0) * 127.5 + 127.5, stored, atol=1e-3)
+            np.testing.assert_allclose(alpha[0] * 255, stored[..., 0], atol=1e-3)
+            seen_flips.add(bool(flip))
+    assert seen_flips == {True, False}
+    loader.close()
+
+
+def test_dali_and_webdataset_deliver_the_same(shard_set: ShardSet) -> None:
+    dali, webdataset = (take(loader_of(shard_set, kind), 5) for kind in KINDS)
+    assert_equal(dali, webdataset, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", [0, 1, 2, 5])
+def test_state_resumes_exactly_at_any_step(shard_set: ShardSet, kind: LoaderKind, step: int) -> None:
+    loader = loader_of(shard_set, kind)
+    assert loader.steps_per_epoch == 2
+    take(loader, step)
+    state = loader.state_dict()
+    expected = take(loader, 3)
+    resumed = loader_of(shard_set, kind)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert_equal(take(resumed, 3), expected)
+    loader.load_state_dict(state)  # in the loader that had prefetched beyond
+    assert_equal(take(loader, 3), expected)
+
+
+def test_state_passes_between_libraries_and_world_sizes(shard_set: ShardSet) -> None:
+    loader = loader_of(shard_set, "dali")
+    take(loader, 3)
+    state, expected = loader.state_dict(), next(loader)
+    for rank in range(2):
+        resumed = loader_of(shard_set, "webdataset", rank=rank, world_size=2)
+        resumed.load_state_dict(state)
+        slots = rank_slots(8, rank, 2)
+        torch.testing.assert_close(next(resumed).images, expected.images[slots], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_of_other_data_is_refused(shard_set: ShardSet, kind: LoaderKind) -> None:
+    state = loader_of(shard_set, kind).state_dict()
+    for other in ({"seed": 6}, {"global_batch": 4}):
+        with pytest.raises(UserError, match=f"of other data: its {next(iter(other))} is"):
+            loader_of(shard_set, kind, **other).load_state_dict(state)
+    with pytest.raises(UserError, match="its digest is"):
+        loader_of(shard_set, kind).load_state_dict({**state, "digest": "0"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_batches_are_not_overwritten(shard_set: ShardSet, kind: LoaderKind) -> None:
+    loader = loader_of(shard_set, kind)
+    kept = take(loader, 8)
+    copies = [Batch(batch.images.clone(), batch.alphas.clone(), batch.indices.clone()) for batch in kept]
+    take(loader, 8)
+    assert_equal(kept, copies)
+    loader.load_state_dict({**loader.state_dict(), "step": 0})
+    assert_equal(kept, take(loader, 8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loaders_without_alpha_or_flip_deliver_neither(shard_set: ShardSet, kind: LoaderKind) -> None:
+    batch = next(loader_of(shard_set, kind, with_alpha=False, flip=False))
+    assert batch.alphas is None
+    stored = np.asarray(Image.open(io.BytesIO(shard_set.image_bytes(int(batch.indices[0])))))
+    np.testing.assert_allclose(batch.images[0].permute(1, 2, 0) * 127.5 + 127.5, stored, atol=1e-3)
+
+
+def test_alphas_of_a_set_without_are_refused(tmp_path: Path) -> None:
+    image = np.zeros((RESOLUTION, RESOLUTION, 3), np.uint8)
+    write_shards([Sample(image)] * 8, tmp_path / "set", resolution=RESOLUTION, source={})
+    shard_set = ShardSet.open(tmp_path / "set")
+    assert not shard_set.has_alpha
+    with pytest.raises(UserError, match="has no alphas"):
+        loader_of(shard_set, "webdataset")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(lambda png: png[: len(png) // 2], "cannot be decoded"), (lambda png: png_of(8), "is 8x8 px in a set of 16 px")],
+    ids=["broken", "other size"],
+)
+def test_bad_picture_is_named(tmp_path: Path, kind: LoaderKind, damage: Callable[[bytes], bytes], message: str) -> None:
+    files = {"png": png_of(RESOLUTION), "json": b"{}"}
+    samples = [{**files, "png": damage(files["png"])} if number == 5 else files for number in range(8)]
+    write_encoded_shards(samples, tmp_path / "set", resolution=RESOLUTION, source={}, samples_per_shard=4)
+    loader = loader_of(ShardSet.open(tmp_path / "set"), kind, with_alpha=False)
+    for _ in range(2):  # and again, not an end of the iteration
+        with pytest.raises(UserError, match=rf"000001\.tar: sample 1.*{message}"):
+            next(loader)
+
+
+def png_of(resolution: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(1).integers(256, size=(resolution, resolution, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_dali_that_is_not_there_is_a_plain_error_and_auto_does_without(
+    shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_shards.wds import WebDatasetLoader
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="DALI is not installed; install"):
+        loader_of(shard_set, "dali")
+    assert isinstance(loader_of(shard_set, "auto"), WebDatasetLoader)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_delivers_what_the_cpu_does_however_far_the_stream_lags(shard_set: ShardSet, kind: LoaderKind) -> None:
+    loader = loader_of(shard_set, kind, device="cuda")
+    take(loader, 1)
+    batches = []
+    for _ in range(12):
+        torch.cuda._sleep(20_000_000)
+        batch = next(loader)
+        batches.append(Batch(batch.images * 1, batch.alphas * 1, batch.indices))
+        del batch  # its memory may be given out again while the product above is still queued
+    torch.cuda.synchronize()
+    on_cpu = [Batch(batch.images.cpu(), batch.alphas.cpu(), batch.indices) for batch in batches]
+    assert_equal(on_cpu, take(loader_of(shard_set, "webdataset"), 13)[1:], atol=1e-6)
