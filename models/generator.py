@@ -154,5 +154,5 @@ class FurryGenerator(nn.Module):
 
     def _noise_maps(self, noise: Tensor) -> Iterator[Tensor]:
         sizes = [r * r for r in self._noise_resolutions]
-        for flat, r in zip(torch.split(noise, sizes, dim=1), self._noise_resolutions, strict=True):
+        for flat, r in zip(noise.split(sizes, dim=1), self._noise_resolutions, strict=True):
             yield flat.view(-1, 1, r, r)

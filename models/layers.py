@@ -36,12 +36,12 @@ class EqualizedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((out_features,), bias_init))
-        self.scale = lr_multiplier / math.sqrt(in_features)
-        self.lr_multiplier = lr_multiplier
+        self.bias_scale = lr_multiplier * (ops.ACTIVATION_GAIN if activate else 1.0)
+        self.scale = self.bias_scale / math.sqrt(in_features)
         self.activate = activate
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x, self.weight * self.scale, self.bias * self.lr_multiplier)
+        x = F.linear(x, self.weight * self.scale, self.bias * self.bias_scale)
         return ops.leaky_relu(x) if self.activate else x
 
 
@@ -68,19 +68,19 @@ class EqualizedConv2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if activate else None
-        self.scale = 1.0 / math.sqrt(in_channels * kernel_size**2)
+        self.gain = ops.ACTIVATION_GAIN if activate else 1.0
+        self.scale = self.gain / math.sqrt(in_channels * kernel_size**2)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight * self.scale
+        bias = None if self.bias is None else self.bias * self.gain
         if self.downsample:
-            x = ops.downsample_conv2d(x, weight)
+            x = ops.downsample_conv2d(x, weight, bias)
         else:
             margin = weight.shape[-1] // 2
-            x = F.conv2d(F.pad(x, [margin] * 4, mode="reflect") if margin else x, weight)
-        if self.bias is None:
-            return x
-        return ops.leaky_relu(x + self.bias.to(x.dtype)[:, None, None])
+            x = F.conv2d(F.pad(x, [margin] * 4, mode="reflect") if margin else x, weight, bias)
+        return x if bias is None else ops.leaky_relu(x)
 
 
 class ModulatedConv2d(nn.Module):
@@ -96,6 +96,7 @@ class ModulatedConv2d(nn.Module):
         w_dim: W.
         demodulate: divide each output channel by its expected standard deviation.
         upsample: double the resolution (3x3 only).
+        gain: factor on the demodulated output.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class ModulatedConv2d(nn.Module):
         *,
         demodulate: bool = True,
         upsample: bool = False,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
@@ -114,6 +116,7 @@ class ModulatedConv2d(nn.Module):
         self.scale = 1.0 / math.sqrt(in_channels * kernel_size**2)
         self.demodulate = demodulate
         self.upsample = upsample
+        self.gain = gain
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         style = self.modulation(w)
@@ -128,7 +131,7 @@ class ModulatedConv2d(nn.Module):
         """``[B, O]``, in float32 whatever the autocast: a sum of squares overflows or cancels in half precision."""
         with torch.autocast(style.device.type, enabled=False):
             power = weight.float().square().sum(dim=(2, 3))
-            return torch.rsqrt(style.float().square() @ power.T + 1e-8)
+            return torch.rsqrt(style.float().square() @ power.T + 1e-8) * self.gain
 
 
 class StyledConv(nn.Module):
@@ -141,14 +144,16 @@ class StyledConv(nn.Module):
         self, in_channels: int, out_channels: int, kernel_size: Literal[1, 3], w_dim: int, *, upsample: bool = False
     ) -> None:
         super().__init__()
-        self.conv = ModulatedConv2d(in_channels, out_channels, kernel_size, w_dim, upsample=upsample)
+        gain = ops.ACTIVATION_GAIN
+        self.conv = ModulatedConv2d(in_channels, out_channels, kernel_size, w_dim, upsample=upsample, gain=gain)
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor) -> Tensor:
         x = self.conv(x, w)
-        x = x + (self.noise_strength * noise).to(x.dtype) + self.bias.to(x.dtype)[:, None, None]
-        return ops.leaky_relu(x)
+        noise = noise * (self.noise_strength * ops.ACTIVATION_GAIN)
+        bias = self.bias[:, None, None] * ops.ACTIVATION_GAIN
+        return ops.leaky_relu(x + noise.to(x.dtype) + bias.to(x.dtype))
 
 
 class ToRGB(nn.Module):

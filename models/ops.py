@@ -50,25 +50,31 @@ def upsample_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     return blur(x, padding=1, gain=4.0)
 
 
-def downsample_conv2d(x: Tensor, weight: Tensor) -> Tensor:
+def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Halve the resolution with a 3x3 or 1x1 convolution: blur, then strided convolution (StyleGAN2).
 
     Args:
         x: ``[B, I, H, W]``, H and W even.
         weight: ``[O, I, k, k]``, k 3 or 1.
+        bias: ``[O]``.
 
     Returns:
         ``[B, O, H/2, W/2]``.
     """
     if weight.shape[-1] == 1:
         # A 1x1 convolution reads only the pixels that the stride keeps: do not filter the others.
-        return F.conv2d(blur(x, padding=1, stride=2), weight)
-    return F.conv2d(blur(x, padding=2), weight, stride=2)
+        return F.conv2d(blur(x, padding=1, stride=2), weight, bias)
+    return F.conv2d(blur(x, padding=2), weight, bias, stride=2)
 
 
 def leaky_relu(x: Tensor) -> Tensor:
-    """Leaky ReLU of slope 0.2 with gain sqrt(2), which keeps the variance of a unit normal near 1."""
-    return F.leaky_relu(x, LEAKY_SLOPE) * ACTIVATION_GAIN
+    """Leaky ReLU of slope 0.2.
+
+    StyleGAN2 multiplies its output by `ACTIVATION_GAIN`, which keeps the variance of a unit normal near 1. Leaky ReLU
+    commutes with a positive factor, so the layers put the gain on their weights and biases: a pass over the
+    activations saved.
+    """
+    return F.leaky_relu(x, LEAKY_SLOPE)
 
 
 def min_max(x: Tensor, eps: float = 1e-10) -> Tensor:

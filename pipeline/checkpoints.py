@@ -1,14 +1,13 @@
 """Checkpoints: written whole or not at all, found, verified and pruned.
 
-A checkpoint is one file, `checkpoint-<iteration>.pt`, of tensors and plain types, read with ``weights_only=True``. It is
-written under another name, flushed to disk and renamed, so that a crash never leaves half a file under a final name; a
+A checkpoint is one file, `checkpoint-<iteration>.pt`, of tensors and plain types, read with ``weights_only=True``.
+It is written under another name, flushed to disk and renamed: a crash never leaves half a file under a final name. A
 digest beside it tells damage that came later.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +64,6 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints of a run, newest first."""
     found = [p for p in directory.glob("checkpoint-*.pt") if PATTERN.fullmatch(p.name)]
     return sorted(found, reverse=True)
-
-
-def load_latest(
-    directory: Path, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Path, dict[str, Any] | UserError]]:
-    """Checkpoints of a run, newest first, each with its state or with what is wrong with it."""
-    for path in list_checkpoints(directory):
-        try:
-            yield path, load_checkpoint(path, device)
-        except UserError as error:
-            yield path, error
 
 
 def prune_checkpoints(directory: Path, keep: int) -> None:

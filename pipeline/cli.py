@@ -34,11 +34,8 @@ class Arguments:
     """Run directory to go on with, under its own configuration."""
 
 
-def parse_config(description: str, argv: list[str] | None = None) -> tuple[Config, Path | None]:
+def parse_config(description: str, argv: list[str] | None = None) -> Config:
     """Read the command line.
-
-    Returns:
-        The configuration, and the run directory of `--resume` if it was given.
 
     Raises:
         UserError: an argument or value that does not exist or is impossible.
@@ -73,7 +70,7 @@ def parse_config(description: str, argv: list[str] | None = None) -> tuple[Confi
             args=argv,
             default=Arguments(tree=base),
         )
-    return parsed.tree, parsed.resume
+    return parsed.tree
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def global_mean(x: Tensor) -> Tensor:
     mean = x.mean()
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return mean
-    total: Tensor = _AllReduceSum.apply(mean)  # type: ignore[no-untyped-call]
+    total: Tensor = _AllReduceSum.apply(mean)
     return total / dist.get_world_size()
 
 

@@ -1,8 +1,8 @@
 """Training phases as data: what each trains, how often it is due, and what it computes.
 
 `d_main` teaches the discriminator and its mask predictor (Eq. 11), `d_r1` regularises it lazily, `g_main` teaches the
-generator (Eq. 12). Each runs the discriminator forward once. With B samples a rank, the first B/2 become composites and the
-last B/2 are judged as foregrounds: the dual fake input (paper, section 3.1).
+generator (Eq. 12). Each runs the discriminator forward once. With B samples a rank, the first B/2 become composites and
+the last B/2 are judged as foregrounds: the dual fake input (paper, section 3.1).
 """
 
 from collections.abc import Callable, Mapping

@@ -16,7 +16,7 @@ MAX_RESOLUTION = 128
 """Larger pictures are segmented at this resolution; the threshold's contour needs no more."""
 
 HELD_OUT_EVERY = 8
-BATCH = 64
+BATCH = 32
 LEARNING_RATE = 4e-3
 
 
@@ -34,7 +34,7 @@ def _block(in_channels: int, out_channels: int) -> nn.Sequential:
 class Segmenter(nn.Module):
     """U-Net of three scales: ``images [B, 3, R, R]`` in [-1, 1] -> probability of foreground ``[B, 1, R, R]``."""
 
-    def __init__(self, widths: tuple[int, int, int] = (24, 48, 96)) -> None:
+    def __init__(self, widths: tuple[int, int, int] = (16, 32, 64)) -> None:
         super().__init__()
         fine, middle, coarse = widths
         self.down_fine = _block(3, fine)
@@ -76,7 +76,7 @@ def fit_segmenter(
     Args:
         images: ``[N, 3, R, R]`` uint8.
         alphas: ``[N, 1, R, R]`` uint8.
-        num_steps: optimizer steps of batch 64.
+        num_steps: optimizer steps of batch 32.
         seed: of the initial weights and of the batches.
         device: to fit on.
         progress: show a bar.

@@ -1,0 +1,229 @@
+"""What is seen of a run: progress, metrics, sample grids, mask metrics, checkpoints."""
+
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from pipeline.checkpoints import BEST, checkpoint_path, prune_checkpoints, save_checkpoint
+from pipeline.evaluation import PseudoTruth, generated_mask_metrics, real_mask_prediction_metrics
+from pipeline.randomness import Stream, draw
+from pipeline.sample_grid import sample_grid
+from pipeline.schedules import linear_ramp
+from pipeline.tracking import Tracker
+from pipeline.trainer import Trainer
+
+
+def is_due_by_images(trainer: Trainer, interval_images: int) -> bool:
+    """Whether the last step crossed a multiple of `interval_images`."""
+    before = trainer.images_seen - trainer.config.batch
+    return trainer.images_seen // interval_images > before // interval_images
+
+
+class Progress:
+    """A bar with ETA, and the means of all metrics at every log interval.
+
+    Args:
+        trainer: at the iteration where it goes on.
+        tracker: takes the metrics on the main process; None elsewhere.
+    """
+
+    def __init__(self, trainer: Trainer, tracker: Tracker | None) -> None:
+        self._tracker = tracker
+        self._bar = tqdm(
+            total=trainer.config.steps,
+            initial=trainer.iteration,
+            desc="training",
+            unit="step",
+            disable=tracker is None,
+            smoothing=0.05,
+            dynamic_ncols=True,
+            mininterval=0.2 if os.isatty(2) else 15.0,
+        )
+        self._restart(trainer)
+
+    def on_step(self, trainer: Trainer) -> None:
+        self._bar.update()
+        if is_due_by_images(trainer, trainer.config.log.metrics_interval_images):
+            self._log(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._log(trainer)
+        self._bar.close()
+
+    def _log(self, trainer: Trainer) -> None:
+        measured = trainer.meter.read(trainer.accelerator)
+        if self._tracker is None or not measured:
+            return
+        seconds = time.perf_counter() - self._since
+        loss = trainer.config.loss
+        metrics = measured | {
+            "schedule/fade_in": trainer.fade_in,
+            "schedule/lambda_bin": linear_ramp(
+                trainer.iteration, loss.binarization_start, loss.binarization_end, loss.binarization_iterations
+            ),
+            "speed/img_per_s": (trainer.images_seen - self._images_before) / seconds,
+            "speed/data_wait_share": (trainer.seconds_waiting - self._waiting_before) / seconds,
+            "memory/peak_bytes": float(peak_memory_bytes()),
+        }
+        self._tracker.log_metrics(metrics, iteration=trainer.iteration, images_seen=trainer.images_seen)
+        self._bar.set_postfix(
+            {
+                "img/s": f"{metrics['speed/img_per_s']:.0f}",
+                "G": f"{measured['loss/g_main_adversarial']:.2f}",
+                "D": f"{measured['loss/d_main_adversarial']:.2f}",
+                "mask": f"{measured['mask/area']:.2f}",
+            },
+            refresh=False,
+        )
+        self._restart(trainer)
+
+    def _restart(self, trainer: Trainer) -> None:
+        self._since = time.perf_counter()
+        self._images_before = trainer.images_seen
+        self._waiting_before = trainer.seconds_waiting
+
+
+class SampleGrids:
+    """Grids of the EMA's pictures from fixed latents, on the main process.
+
+    Args:
+        trainer: gives latent sizes and device.
+        tracker: takes the grids; None on other processes.
+    """
+
+    def __init__(self, trainer: Trainer, tracker: Tracker | None) -> None:
+        self._tracker = tracker
+        self._draw = draw(
+            trainer.config.seed,
+            Stream.GRID,
+            0,
+            range(trainer.config.log.grid_columns),
+            z_dim=trainer.generator.z_dim,
+            num_noise=trainer.generator.num_noise,
+            device=trainer.accelerator.device,
+        )
+        self._last = -1
+
+    def on_step(self, trainer: Trainer) -> None:
+        if is_due_by_images(trainer, trainer.config.log.grid_interval_images):
+            self._make(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._last != trainer.images_seen:
+            self._make(trainer)
+
+    def _make(self, trainer: Trainer) -> None:
+        self._last = trainer.images_seen
+        if self._tracker is not None:
+            grid = sample_grid(trainer.ema, self._draw.z, self._draw.noise, fade_in=trainer.fade_in)
+            self._tracker.log_image(grid, "grid", images_seen=trainer.images_seen)
+
+
+class Checkpoints:
+    """Saves the run and measures its masks, at intervals and at the end.
+
+    The best checkpoint is the one of the greatest mask mIoU; without pseudo ground truth, the newest.
+
+    Args:
+        run_dir: checkpoints go to ``checkpoints/`` in it.
+        tracker: of the main process; None on other processes, which only wait.
+        pseudo_truth: None where shards carry no alpha.
+        best_miou: of the best checkpoint so far.
+        seconds_before: training time before this process.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        tracker: Tracker | None,
+        pseudo_truth: PseudoTruth | None,
+        *,
+        best_miou: float,
+        seconds_before: float,
+    ) -> None:
+        self._directory = run_dir / "checkpoints"
+        self._tracker = tracker
+        self._pseudo_truth = pseudo_truth
+        self._started = time.perf_counter() - seconds_before
+        self.best_miou = best_miou
+        self.metrics: dict[str, float] = {}
+        self._last = -1
+
+    @property
+    def seconds(self) -> float:
+        """Training time of the run, over all its processes."""
+        return time.perf_counter() - self._started
+
+    def on_step(self, trainer: Trainer) -> None:
+        if is_due_by_images(trainer, trainer.config.log.checkpoint_interval_images):
+            final = trainer.iteration == trainer.config.steps
+            self._save(trainer, final=final)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._last != trainer.iteration:
+            self._save(trainer, final=True)
+
+    def _save(self, trainer: Trainer, *, final: bool) -> None:
+        self._last = trainer.iteration
+        if self._tracker is not None:
+            evaluation = trainer.config.evaluation
+            self.metrics = self._measure(trainer, evaluation.num_samples_final if final else evaluation.num_samples)
+            if self.metrics:
+                self._tracker.log_metrics(self.metrics, iteration=trainer.iteration, images_seen=trainer.images_seen)
+            miou = self.metrics.get("mask/miou", 0.0)
+            is_best = miou >= self.best_miou
+            self.best_miou = max(miou, self.best_miou)
+            state = trainer.state_dict() | {
+                "tracker_run_id": self._tracker.run_id,
+                "best_miou": self.best_miou,
+                "seconds": self.seconds,
+                "metrics": self.metrics,
+            }
+            path = checkpoint_path(self._directory, trainer.iteration)
+            save_checkpoint(state, path)
+            if is_best:
+                save_checkpoint(state, self._directory / BEST)
+            prune_checkpoints(self._directory, trainer.config.log.keep_checkpoints)
+        trainer.accelerator.wait_for_everyone()
+
+    def _measure(self, trainer: Trainer, num_samples: int) -> dict[str, float]:
+        truth, config = self._pseudo_truth, trainer.config
+        if truth is None:
+            return {}
+        generated = generated_mask_metrics(
+            trainer.ema,
+            truth.segmenter,
+            num_samples=num_samples,
+            seed=config.seed,
+            fade_in=trainer.fade_in,
+            threshold=config.evaluation.threshold,
+        )
+        real = real_mask_prediction_metrics(
+            trainer.discriminator, truth.images, truth.alphas, threshold=config.evaluation.threshold
+        )
+        return generated.named("mask") | real.named("mask_pred_real")
+
+
+def peak_memory_bytes() -> int:
+    """Greatest memory of this process so far: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def summarise(trainer: Trainer, checkpoints: Checkpoints, pseudo_truth: PseudoTruth | None) -> dict[str, float]:
+    """The figures of ``summary.json``."""
+    summary = dict(checkpoints.metrics)
+    if pseudo_truth is not None:
+        summary |= {"segmenter/iou_fg": pseudo_truth.held_out.iou_fg, "segmenter/iou_bg": pseudo_truth.held_out.iou_bg}
+    return summary | {
+        "seconds": checkpoints.seconds,
+        "iterations": trainer.iteration,
+        "images_seen": trainer.images_seen,
+        "img_per_s": trainer.images_seen / checkpoints.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }

@@ -1,0 +1,86 @@
+"""What a run keeps on disk, where, and whether a configuration may go on with it.
+
+``runs/NAME/`` holds `config.yaml`, `metrics.jsonl`, `samples/`, `checkpoints/` and, at the end, `summary.json`.
+"""
+
+import json
+import logging
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from data_shards.errors import UserError
+from pipeline.checkpoints import list_checkpoints, load_checkpoint
+from pipeline.cli import CONFIG_FILE
+from pipeline.config import Config
+from pipeline.config_io import config_from_dict, config_to_dict, flatten, load_config, save_config
+
+logger = logging.getLogger(__name__)
+
+FREE_TO_CHANGE = ("steps", "run_dir", "loader", "cache_dir", "num_threads", "log.", "evaluation.")
+"""Fields that leave the numbers of the iterations already done as they are."""
+
+
+def name_run(config: Config) -> Config:
+    """The configuration with a run directory: the given one, or a new one named by data set and time."""
+    if config.run_dir is not None:
+        return config
+    return replace(config, run_dir=Path("runs") / f"{config.dataset}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def check_same_run(config: Config, run_dir: Path) -> None:
+    """Whether `config` may go on with what `run_dir` holds; anything goes if that is nothing.
+
+    Raises:
+        UserError: `run_dir` is a file, or holds a run of another configuration.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir} is a file: give a directory")
+    saved = run_dir / CONFIG_FILE
+    if not saved.is_file():
+        return
+    before = flatten(config_to_dict(config_from_dict(load_config(saved))))
+    now = flatten(config_to_dict(config))
+    changed = [
+        f"{key} {before[key]}, not {now[key]}"
+        for key in now
+        if before[key] != now[key] and not key.startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"{run_dir} holds a run of another configuration ({'; '.join(changed)}): "
+            "choose another --run-dir, or go on with that run by --resume and without these overrides"
+        )
+
+
+def write_config(config: Config, run_dir: Path) -> None:
+    """Save the resolved configuration."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / (CONFIG_FILE + ".tmp")
+    save_config(config, temporary)
+    temporary.replace(run_dir / CONFIG_FILE)
+
+
+def load_newest_whole(run_dir: Path) -> dict[str, Any] | None:
+    """State of the newest checkpoint that can be read; says so where a newer one cannot. None if there is none.
+
+    Raises:
+        UserError: there are checkpoints and none can be read.
+    """
+    paths = list_checkpoints(run_dir / "checkpoints")
+    for path in paths:
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            logger.warning("%s; trying the one before", error)
+    if paths:
+        raise UserError(f"no checkpoint in {run_dir / 'checkpoints'} can be read: start anew in another --run-dir")
+    return None
+
+
+def write_summary(summary: dict[str, float], run_dir: Path) -> None:
+    """Save the final figures."""
+    temporary = run_dir / "summary.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(run_dir / "summary.json")

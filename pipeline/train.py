@@ -1,0 +1,172 @@
+"""Train FurryGAN.
+
+accelerate launch pipeline/train.py                                  # built-in data, minutes on a CPU
+accelerate launch pipeline/train.py --dataset ffhq --data shards/ffhq
+accelerate launch pipeline/train.py --resume runs/NAME
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from data_shards.builtin import furballs_shards
+from data_shards.errors import UserError
+from data_shards.loader import make_loader
+from data_shards.order import GROUP_SIZE
+from data_shards.shard_set import ShardSet
+from pipeline.callbacks import Checkpoints, Progress, SampleGrids, summarise
+from pipeline.checkpoints import BEST
+from pipeline.cli import parse_config, run_command
+from pipeline.config import Config
+from pipeline.evaluation import prepare_pseudo_truth
+from pipeline.run_directory import check_same_run, load_newest_whole, name_run, write_config, write_summary
+from pipeline.tracking import Trackers, make_tracker
+from pipeline.trainer import Trainer, make_accelerator
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Train as the command line says."""
+    config = parse_config("Train FurryGAN: images and their alpha mattes, from pictures alone.")
+    accelerator = make_accelerator()
+    logging.basicConfig(
+        level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s", force=True
+    )
+    _set_num_threads(config, accelerator)
+    config = broadcast_object_list([name_run(config)])[0]  # one time stamp for all ranks
+    try:
+        train(config, accelerator)
+    finally:
+        accelerator.end_training()
+
+
+def train(config: Config, accelerator: Accelerator) -> None:
+    """Run from the configuration's start, or from where its run directory stands, to its end."""
+    run_dir = config.run_dir
+    assert run_dir is not None
+    check_same_run(config, run_dir)
+    ranks = accelerator.num_processes
+    if config.batch % (GROUP_SIZE * ranks):
+        raise UserError(
+            f"batch {config.batch} does not divide among {ranks} processes in groups of {GROUP_SIZE}: "
+            f"give a multiple of {GROUP_SIZE * ranks}"
+        )
+    shard_set = _open_shards(config, accelerator)
+    loader = make_loader(
+        config.loader,
+        shard_set,
+        global_batch=config.batch,
+        rank=accelerator.process_index,
+        world_size=ranks,
+        seed=config.seed,
+        flip=config.flip,
+        with_alpha=False,
+        device=accelerator.device,
+        num_threads=torch.get_num_threads(),
+    )
+    trainer = Trainer(config, accelerator, loader)
+    state = load_newest_whole(run_dir)
+    if state is not None:
+        trainer.load_state_dict(state)
+        logger.info("going on at iteration %d of %s", trainer.iteration, run_dir)
+    state = state or {}
+
+    main_process = accelerator.is_main_process
+    pseudo_truth = None
+    if main_process:
+        write_config(config, run_dir)
+        if shard_set.has_alpha:
+            pseudo_truth = prepare_pseudo_truth(shard_set, config, accelerator.device, progress=True)
+            logger.info("pseudo ground truth: %s", _figures(pseudo_truth.held_out.named("segmenter")))
+    with _tracking(config, trainer, state.get("tracker_run_id"), active=main_process) as tracker:
+        checkpoints = Checkpoints(
+            run_dir,
+            tracker,
+            pseudo_truth,
+            best_miou=state.get("best_miou", 0.0),
+            seconds_before=state.get("seconds", 0.0),
+        )
+        checkpoints.metrics = state.get("metrics", {})
+        trainer.fit([Progress(trainer, tracker), SampleGrids(trainer, tracker), checkpoints])
+        if tracker is not None:
+            summary = summarise(trainer, checkpoints, pseudo_truth)
+            write_summary(summary, run_dir)
+            tracker.close(summary)
+            _tell(config, summary)
+    loader.close()
+    shard_set.close()
+
+
+def _open_shards(config: Config, accelerator: Accelerator) -> ShardSet:
+    if config.data is not None:
+        return ShardSet.open(Path(config.data), resolution=config.resolution)
+    with accelerator.main_process_first():
+        path = furballs_shards(
+            config.cache_dir,
+            resolution=config.resolution,
+            num_images=config.num_images,
+            seed=0,
+            progress=accelerator.is_main_process,
+        )
+    return ShardSet.open(path, resolution=config.resolution)
+
+
+@contextlib.contextmanager
+def _tracking(config: Config, trainer: Trainer, run_id: str | None, *, active: bool) -> Iterator[Trackers | None]:
+    """The main process's tracker; a run that breaks off is marked so."""
+    if not active:
+        yield None
+        return
+    assert config.run_dir is not None
+    tracker = make_tracker(config, config.run_dir, iteration=trainer.iteration, run_id=run_id)
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close(None)
+        raise
+
+
+def _set_num_threads(config: Config, accelerator: Accelerator) -> None:
+    # `accelerate launch` sets OMP_NUM_THREADS to 1 where it is not told otherwise, which would idle all other cores.
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.num_threads or max(1, available // local_processes))
+
+
+def _figures(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name.split('/')[1]} {value:.3f}" for name, value in metrics.items())
+
+
+def _tell(config: Config, summary: dict[str, float]) -> None:
+    run_dir = config.run_dir
+    assert run_dir is not None
+    lines = [
+        f"trained {summary['iterations']:.0f} iterations, {summary['images_seen']:.0f} images, "
+        f"in {summary['seconds'] / 60:.1f} minutes ({summary['img_per_s']:.0f} img/s)",
+    ]
+    if "mask/miou" in summary:
+        generated = {k: v for k, v in summary.items() if k.startswith("mask/")}
+        real = {k: v for k, v in summary.items() if k.startswith("mask_pred_real/iou")}
+        lines += [
+            f"masks of generated foregrounds: {_figures(generated)}",
+            f"mask predictor on real images:  {_figures(real)}",
+        ]
+    lines += [
+        f"pictures         {run_dir / 'samples'}",
+        f"best checkpoint  {run_dir / 'checkpoints' / BEST}",
+        f"metrics          {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}",
+    ]
+    if config.log.tracking_uri != "none":
+        lines.append(f"compare runs     mlflow ui --backend-store-uri {config.log.tracking_uri}")
+    print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
