@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data_shards.errors import UserError
 from data_shards.manifest import MANIFEST_NAME
 from data_shards.shard_set import ShardSet
-from data_shards.sources.furballs import draw
+from data_shards.sources.furballs import VERSION, draw
 from data_shards.writer import EncodedSample, encode_sample, write_encoded_shards
 
 _CHUNK = 16  # pictures a worker draws at a time
@@ -32,19 +32,20 @@ def furballs_shards(
     under ``if __name__ == "__main__"``, as its workers are spawned.
 
     Args:
-        root: directory of shard sets; this one is ``furballs-{resolution}px-{num_images}-seed{seed}`` in it.
+        root: directory of shard sets; this one is ``furballs-v{VERSION}-{resolution}px-{num_images}-seed{seed}`` in
+            it.
         resolution: side of the pictures, pixels.
         num_images: how many.
         seed: of the drawing.
         num_workers: processes that draw; None: one per core, fewer for a small set.
         progress: whether to show a bar on stderr.
     """
-    path = root / f"furballs-{resolution}px-{num_images}-seed{seed}"
+    path = root / f"furballs-v{VERSION}-{resolution}px-{num_images}-seed{seed}"
     if path.exists():
         if _is_whole(path, resolution):
             return path
         _remove(path)
-    source = {"kind": "furballs", "resolution": resolution, "num_images": num_images, "seed": seed}
+    source = {"kind": "furballs", "version": VERSION, "resolution": resolution, "num_images": num_images, "seed": seed}
     with _drawn(resolution, num_images, seed, num_workers) as samples:
         shown = tqdm(samples, total=num_images, desc=path.name, unit="img", disable=not progress)
         try:

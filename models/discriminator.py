@@ -126,7 +126,8 @@ class Discriminator(nn.Module):
         features = self._features16(images)
         x = self.blocks_to_logits(features[: sum(judged)])
         x = self.final_conv(torch.cat([minibatch_stddev(part) for part in x.split(list(judged))]))
-        logits = self.final_linear(x.float().flatten(1))
+        with torch.autocast(x.device.type, enabled=False):  # float32: the losses' precision
+            logits = self.final_linear(x.float().flatten(1))
         return DiscriminatorOutput(logits=logits, mask_pred=self.mask_predictor(features))
 
     def predict_mask(self, images: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class MappingNetwork(nn.Module):
         """Map latents; ``psi < 1`` pulls w towards the truncation centre."""
         z = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + 1e-8)
         w: Tensor = self.layers(z)
-        return w if psi == 1.0 else torch.lerp(self.w_average, w, psi)
+        return w if psi == 1.0 else torch.lerp(self.w_average.to(w.dtype), w, psi)
 
     @torch.no_grad()
     def update_average(self, w_mean: Tensor) -> None:

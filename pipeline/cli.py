@@ -58,8 +58,8 @@ def parse_config(description: str, argv: list[str] | None = None) -> Config:
     # Known before the rest is parsed: both decide whether the defaults are possible at all.
     values |= {name: value for name in ("dataset", "data") if (value := getattr(named, name)) is not None}
     helping = bool({"-h", "--help"} & set(argv))
-    if helping:
-        values.setdefault("data", "SHARDS")
+    if helping and values.get("dataset", "furballs") != "furballs":
+        values.setdefault("data", "DIRECTORY")  # help on a preset must not ask for its pictures first
     base = config_from_dict(values)
 
     with _one_line_errors(passthrough=helping):
@@ -83,8 +83,9 @@ def _one_line_errors(*, passthrough: bool) -> Iterator[None]:
     except SystemExit as error:
         if passthrough or not error.code:
             raise
-        words = " ".join(captured.getvalue().translate(str.maketrans("", "", "╭─╮│╰╯")).split())
-        raise UserError(words) from None
+        inside = [line.strip("│ ") for line in captured.getvalue().splitlines() if line.startswith("│")]
+        words = " ".join(line.strip("─ ") for line in inside).split()
+        raise UserError(" ".join(words) or captured.getvalue().strip()) from None
 
 
 def run_command(main: Callable[[], None]) -> None:

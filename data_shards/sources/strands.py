@@ -95,7 +95,9 @@ def grow(pelt: Pelt, rng: np.random.Generator, density: float) -> Strands:
     way /= np.maximum(np.hypot(way[:, 0], way[:, 1]), 0.2)[:, None]
     length = (pelt.fur[k] * (0.5 + u[:, 4]) * np.where(guard, 1.5, 1.0))[:, None]
     curl = np.stack([-way[:, 1], way[:, 0]], -1) * (u[:, 5:6] - 0.5) * 0.6
-    shades = 0.5 + 0.3 * (outward * LIGHT).sum(1) * depth[:, 0] + 0.5 * (u[:, 6] - 0.5)
+    # Mostly from the light, a little from strand to strand: noise at the scale of pixels is what a background
+    # generator learns first, and were it on the fur, the two generators would swap roles.
+    shades = 0.5 + 0.4 * (outward * LIGHT).sum(1) * depth[:, 0] + 0.12 * (u[:, 6] - 0.5)
     return Strands(
         roots=roots,
         middles=roots + (way * 0.55 + curl * 0.5) * length,

@@ -194,7 +194,8 @@ def draw_background(rng: np.random.Generator, resolution: int, avoid: NDArray[np
         avoid: ``[3]`` in 0..255; palettes with a mean close to it are drawn again.
     """
     kind = list(_KINDS)[rng.integers(len(_KINDS))]
-    palette = draw_palette(rng, avoid)
+    # Muted, as what is out of focus or far away: the animal is what stands out.
+    palette = (draw_palette(rng, avoid) * 0.5 + 56).astype(np.uint8)
     picture = _KINDS[kind](rng, resolution, palette).astype(np.int32)
     # Mottled light on all of them: no background is flat enough to be told by its flatness.
     light = smooth_noise(rng, resolution, 4, 3) - 128

@@ -1,0 +1,185 @@
+"""What the tests of the training command share: a run of seconds, in a process of its own or in this one."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from data_shards.builtin import furballs_shards
+from data_shards.loader import make_loader
+from data_shards.shard_set import ShardSet
+from pipeline import train
+from pipeline.cli import run_command
+from pipeline.config_io import config_from_dict, merge
+from pipeline.trainer import Trainer, make_accelerator
+
+# For the fixtures of whole modules, which come before conftest's: threads that wait for one another take minutes.
+torch.set_num_threads(1)
+
+TRAIN = Path(train.__file__)
+NUM_IMAGES, BATCH, RESOLUTION = 64, 8, 32
+# Every network and every loss, with at least 4 channels each: Adam makes much of the gradients of fewer, which are
+# nothing but rounding where demodulation takes a lone channel's scale away.
+TINY: dict[str, Any] = {
+    "num_threads": 1,
+    "num_images": NUM_IMAGES,
+    "batch": BATCH,
+    "model": {"channel_base": 512, "channel_max": 24, "z_dim": 16, "z_dim_background": 8},
+    "loss": {"r1_interval": 3, "fade_in_iterations": 10, "binarization_iterations": 10},
+    "log": {"metrics_interval_images": BATCH, "grid_columns": 2, "tracking_uri": "none"},
+    "evaluation": {"segmenter_steps": 3, "num_samples": 8, "num_samples_final": 8},
+}
+ON_CPU = {"ACCELERATE_USE_CPU": "1"}
+
+
+def flags(tree: dict[str, Any], prefix: str = "--") -> list[str]:
+    """A tree of overrides as command-line arguments."""
+    arguments = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            arguments += flags(value, f"{prefix}{key}.")
+        else:
+            arguments += [prefix + key.replace("_", "-"), str(value)]
+    return arguments
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines for the person at the keyboard."""
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+def train_in_process(cwd: Path, *arguments: str) -> Outcome:
+    """The training command on one rank, without the seconds that a new process takes to import torch."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        _own_state(),
+        contextlib.chdir(cwd),
+        mock.patch.object(sys, "argv", [str(TRAIN), *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            run_command(train.main)
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def train_in_new_process(cwd: Path, *arguments: str, launcher: Sequence[str] = ()) -> Outcome:
+    """The training command as a user calls it, on the CPU; `launcher` goes between python and the script."""
+    done = subprocess.run(command(*arguments, launcher=launcher), cwd=cwd, env=environment(), **PIPES, timeout=300)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+PIPES: dict[str, Any] = {"capture_output": True, "text": True}
+
+
+def command(*arguments: str, launcher: Sequence[str] = ()) -> list[str]:
+    """The command line of `train_in_new_process`."""
+    return [sys.executable, *launcher, str(TRAIN), *arguments]
+
+
+def environment() -> dict[str, str]:
+    """A CPU, and no terminal's width."""
+    return {key: value for key, value in os.environ.items() if key != "COLUMNS"} | ON_CPU
+
+
+@contextlib.contextmanager
+def _own_state() -> Iterator[None]:
+    """Undo what a command leaves in its process: log handlers on a captured stream, accelerate's singletons."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    try:
+        with mock.patch.dict(os.environ, ON_CPU):
+            yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory for ``--cache-dir`` that has the furballs of `TINY`; one for the whole session."""
+    root = tmp_path_factory.getbasetemp() / "shards"
+    furballs_shards(root, resolution=RESOLUTION, num_images=NUM_IMAGES, seed=0, num_workers=1)
+    return root
+
+
+def furballs(cache: Path) -> Path:
+    """The shards in `shard_cache`."""
+    return furballs_shards(cache, resolution=RESOLUTION, num_images=NUM_IMAGES, seed=0, num_workers=1)
+
+
+@contextlib.contextmanager
+def tiny_trainer(cache: Path, **overrides: Any) -> Iterator[Trainer]:
+    """A trainer on one rank, without the command around it."""
+    config = config_from_dict(merge(TINY, overrides))
+    with _own_state():
+        accelerator = make_accelerator()
+        shard_set = ShardSet.open(furballs(cache), resolution=config.resolution)
+        loader = make_loader(
+            config.loader,
+            shard_set,
+            global_batch=config.batch,
+            rank=0,
+            world_size=1,
+            seed=config.seed,
+            flip=config.flip,
+            with_alpha=False,
+            device=torch.device("cpu"),
+            num_threads=1,
+        )
+        yield Trainer(config, accelerator, loader)
+        loader.close()
+        shard_set.close()
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Those of the training; the others are of the mask metrics at checkpoints."""
+    return [row for row in rows(run_dir) if "loss/g_main_adversarial" in row]
+
+
+def assert_same_bits(actual: Any, expected: Any, name: str = "state") -> None:
+    """Two trees of tensors and plain values are equal to the last bit."""
+    assert type(actual) is type(expected), name
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), name
+        for key in expected:
+            assert_same_bits(actual[key], expected[key], f"{name}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected), name
+        for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+            assert_same_bits(one, other, f"{name}.{i}")
+    elif isinstance(expected, torch.Tensor):
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected), name
+    else:
+        assert actual == expected, name

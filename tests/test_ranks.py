@@ -1,0 +1,100 @@
+"""Two ranks train as one does: real processes, gloo, the same global batch."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import BATCH, TINY, Outcome, flags, shard_cache, train_in_new_process, train_in_process, training_rows
+
+from pipeline.checkpoints import checkpoint_path, load_checkpoint
+from pipeline.config_io import merge
+
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+STEPS, GLOBAL_BATCH = 4, 2 * BATCH  # R1 at iterations 0 and 3
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shard_cache(tmp_path_factory)
+
+
+def arguments(cache: Path, **overrides: Any) -> list[str]:
+    sizes = {"cache_dir": cache, "run_dir": "run", "steps": STEPS, "batch": GLOBAL_BATCH}
+    return flags(merge(TINY | sizes, overrides))
+
+
+def final_state(run_dir: Path) -> dict[str, Any]:
+    return load_checkpoint(checkpoint_path(run_dir / "checkpoints", STEPS))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The run of one rank."""
+    cwd = tmp_path_factory.mktemp("one")
+    outcome = train_in_process(cwd, *arguments(cache))
+    assert outcome.code == 0, outcome.err
+    return cwd / "run"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, Outcome]:
+    """The run of two ranks, each with half the batch."""
+    cwd = tmp_path_factory.mktemp("two")
+    outcome = train_in_new_process(cwd, *arguments(cache), launcher=TWO_RANKS)
+    assert outcome.code == 0, outcome.err
+    return cwd / "run", outcome
+
+
+def assert_trained_alike(two: Path, one: Path) -> None:
+    """To what the order of sums leaves open: a step of Adam moves a weight by 2e-3."""
+    states = final_state(two), final_state(one)
+    for network in ("generator", "discriminator", "ema"):
+        torch.testing.assert_close(states[0][network], states[1][network], rtol=1e-5, atol=1e-5)
+    for rows in zip(training_rows(two), training_rows(one), strict=True):
+        same = [{k: v for k, v in row.items() if not k.startswith(("speed/", "memory/"))} for row in rows]
+        # A norm of gradients is where rounding is felt most, a mean of 0 or 1 a batch where it may jump.
+        assert same[0] == pytest.approx(same[1], rel=1e-3, abs=1e-5)
+
+
+def test_two_ranks_match_one(two: tuple[Path, Outcome], one: Path) -> None:
+    assert_trained_alike(two[0], one)
+
+
+def test_one_rank_alone_writes_and_tells(two: tuple[Path, Outcome], one: Path) -> None:
+    run_dir, outcome = two
+    assert [row["iteration"] for row in training_rows(run_dir)] == [1, 2, 3, 4]
+    assert outcome.out.count("trained 4 iterations, 64 images") == 1
+    assert {path.name for path in run_dir.iterdir()} == {path.name for path in one.iterdir()}
+
+
+def test_two_ranks_match_one_with_the_area_over_the_batch(one: Path, cache: Path, tmp_path: Path) -> None:
+    """The threshold is just above the mean area of the first batch: one rank alone would be below it, one above."""
+    phi1 = training_rows(one)[0]["mask/area_coarse"] + 1e-4
+    unaligned = [*arguments(cache, loss={"phi1": phi1}), "--loss.area-over-batch"]
+    outcomes = [
+        train_in_process(tmp_path, *unaligned, "--run-dir", "one"),
+        train_in_new_process(tmp_path, *unaligned, "--run-dir", "two", launcher=TWO_RANKS),
+    ]
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[1].err
+    first = training_rows(tmp_path / "one")[0]
+    assert 0 < first["loss/g_main_area"] < 2e-4  # the hinge is on
+    assert_trained_alike(tmp_path / "two", tmp_path / "one")
+
+
+def test_one_rank_goes_on_with_the_run_of_two(two: tuple[Path, Outcome], cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(two[0], tmp_path / "run")
+    outcome = train_in_process(tmp_path, "--resume", "run", "--steps", str(STEPS + 1))
+    assert outcome.code == 0, outcome.err
+    assert f"going on at iteration {STEPS}" in outcome.err
+    assert [row["iteration"] for row in training_rows(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_batch_that_does_not_divide_among_ranks_is_one_line(cache: Path, tmp_path: Path) -> None:
+    outcome = train_in_new_process(tmp_path, *arguments(cache, batch=12), launcher=TWO_RANKS)
+    assert outcome.code != 0
+    assert set(outcome.errors) == {
+        "error: batch 12 does not divide among 2 processes in groups of 4: give a multiple of 8"
+    }
+    assert not (tmp_path / "run").exists()

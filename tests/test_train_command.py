@@ -1,0 +1,485 @@
+"""The training command from its start to what it leaves behind, and how it ends on a mistake."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    BATCH,
+    PIPES,
+    RESOLUTION,
+    TINY,
+    TRAIN,
+    Outcome,
+    assert_same_bits,
+    environment,
+    flags,
+    furballs,
+    rows,
+    shard_cache,
+    tiny_trainer,
+    train_in_new_process,
+    train_in_process,
+    training_rows,
+)
+from PIL import Image
+
+from data_shards.sample import Sample
+from data_shards.writer import write_shards
+from pipeline import losses
+from pipeline.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
+from pipeline.config import PRESETS
+from pipeline.config_io import config_from_dict, config_to_dict, flatten, load_config, merge
+from pipeline.trainer import NonFiniteLossError, Trainer
+
+STEPS = 4
+SUMMARY = {
+    *(f"mask/{name}" for name in ("iou_fg", "iou_bg", "miou", "precision", "recall", "f1", "accuracy")),
+    *("mask_pred_real/iou_fg", "mask_pred_real/iou_bg", "segmenter/iou_fg"),
+    *("seconds", "images_seen", "img_per_s", "peak_memory_bytes"),
+}
+TERMS = {
+    *("d_main_adversarial", "d_main_prediction", "d_r1_r1"),
+    *("g_main_adversarial", "g_main_binarization", "g_main_area", "g_main_fine", "g_main_consistency"),
+    "g_main_participation",
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shard_cache(tmp_path_factory)
+
+
+def tiny(cache: Path, **overrides: Any) -> list[str]:
+    return flags(merge(TINY | {"cache_dir": cache, "steps": STEPS}, overrides))
+
+
+# --- what it leaves behind ---
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, Outcome]:
+    """`accelerate launch pipeline/train.py` with nothing but sizes, in a directory of its own."""
+    cwd = tmp_path_factory.mktemp("launched")
+    accelerate = Path(sysconfig.get_path("scripts")) / "accelerate"
+    sizes = merge(TINY, {"steps": STEPS, "cache_dir": cache, "log": {"grid_interval_images": 2 * BATCH}})
+    del sizes["log"]["tracking_uri"]
+    call = [sys.executable, str(accelerate), "launch", str(TRAIN), *flags(sizes)]
+    done = subprocess.run(call, cwd=cwd, env=environment(), **PIPES, timeout=300)
+    return cwd, Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def run_dir(launched: tuple[Path, Outcome]) -> Path:
+    cwd, outcome = launched
+    assert outcome.code == 0, outcome.err
+    (run_dir,) = (path for path in (cwd / "runs").iterdir() if path.name.startswith("furballs-"))
+    return run_dir
+
+
+def test_run_writes_into_runs_alone(launched: tuple[Path, Outcome], run_dir: Path) -> None:
+    cwd, _ = launched
+    assert [path.name for path in cwd.iterdir()] == ["runs"]
+    assert {path.name for path in (cwd / "runs").iterdir()} == {run_dir.name, "mlflow.db", "mlflow-artifacts"}
+
+
+def test_run_directory_is_as_the_readme_has_it(run_dir: Path) -> None:
+    left = {path.name for path in run_dir.iterdir()}
+    assert left == {"config.yaml", "metrics.jsonl", "samples", "checkpoints", "summary.json"}
+
+
+def test_command_tells_where_everything_is(launched: tuple[Path, Outcome], run_dir: Path) -> None:
+    cwd, outcome = launched
+    for place in ("samples", f"checkpoints/{BEST}", "metrics.jsonl", "summary.json"):
+        (told,) = re.findall(rf"\S+/{place}", outcome.out)
+        assert (cwd / told).samefile(run_dir / place)
+    assert "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db" in outcome.out
+
+
+def test_saved_configuration_is_complete_and_accepted_back(run_dir: Path, tmp_path: Path) -> None:
+    saved = load_config(run_dir / "config.yaml")
+    assert flatten(saved).keys() == flatten(config_to_dict(config_from_dict({}))).keys()
+    again = ["--config", str(run_dir / "config.yaml"), "--run-dir", "again", "--log.tracking-uri", "none"]
+    outcome = train_in_process(tmp_path, *again)
+    assert outcome.code == 0, outcome.err
+    states = [load_checkpoint(checkpoint_path(at / "checkpoints", STEPS)) for at in (run_dir, tmp_path / "again")]
+    assert_same_bits(states[0]["generator"], states[1]["generator"])
+
+
+def test_metrics_hold_every_term_and_what_tells_of_a_collapse(run_dir: Path) -> None:
+    training = training_rows(run_dir)
+    assert [(row["iteration"], row["images_seen"]) for row in training] == [(i, i * BATCH) for i in range(1, STEPS + 1)]
+    names = {name for row in rows(run_dir) for name in row}
+    assert {f"loss/{term}" for term in TERMS} == {name for name in names if name.startswith("loss/")}
+    assert {f"grad_norm/{phase}" for phase in ("d_main", "d_r1", "g_main")} <= names
+    assert {"mask/area", "mask/binarization", "mask/min", "mask/max", "score/accuracy"} <= names
+    assert {"speed/img_per_s", "memory/peak_bytes", "schedule/fade_in", "schedule/lambda_bin"} <= names
+    assert {"mask/iou_fg", "mask_pred_real/iou_fg"} <= names
+    assert all(math.isfinite(value) for row in training for value in row.values())
+
+
+def test_readme_names_metrics_that_exist(run_dir: Path) -> None:
+    readme = (TRAIN.parents[1] / "README.md").read_text()
+    named = set(re.findall(r"`((?:loss|mask|mask_pred_real|score|speed|memory|schedule|segmenter)/\w+)`", readme))
+    recorded = {name for row in rows(run_dir) for name in row} | json.loads(
+        (run_dir / "summary.json").read_text()
+    ).keys()
+    assert named and named <= recorded
+
+
+def test_losses_of_lazy_phases_are_recorded_when_they_are_due(run_dir: Path) -> None:
+    having = {term: [r["iteration"] for r in training_rows(run_dir) if f"loss/{term}" in r] for term in TERMS}
+    assert having["d_r1_r1"] == [1, 4]  # iterations 0 and 3
+    assert having["g_main_consistency"] == having["g_main_participation"] == [1, 3]
+    assert having["g_main_fine"] == [1, 2, 3, 4]
+
+
+def test_sample_grids_are_pictures_with_labels(run_dir: Path) -> None:
+    paths = sorted((run_dir / "samples").iterdir())
+    assert [path.name for path in paths] == ["grid-0000000016.png", "grid-0000000032.png"]
+    columns, kinds, psis = TINY["log"]["grid_columns"], 7, 2
+    for path in paths:
+        with Image.open(path) as grid:
+            assert grid.width > columns * 96 and grid.height > psis * kinds * 96
+            assert len(set(grid.convert("L").tobytes())) > 10
+
+
+def test_checkpoints_can_be_loaded(run_dir: Path) -> None:
+    directory = run_dir / "checkpoints"
+    assert list_checkpoints(directory) == [checkpoint_path(directory, STEPS)]
+    state = torch.load(checkpoint_path(directory, STEPS), weights_only=True)
+    assert (state["iteration"], state["images_seen"]) == (STEPS, STEPS * BATCH)
+    assert load_checkpoint(directory / BEST)["iteration"] == STEPS
+    assert not list(directory.glob("*.tmp"))
+
+
+def test_summary_has_the_flat_names_of_the_issue(run_dir: Path) -> None:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY
+    assert all(isinstance(value, int | float) and math.isfinite(value) for value in summary.values())
+    assert summary["images_seen"] == STEPS * BATCH
+    assert summary["img_per_s"] == pytest.approx(summary["images_seen"] / summary["seconds"], rel=1e-3)
+    assert 100e6 < summary["peak_memory_bytes"] < 3 * 2**30
+    assert all(0 <= value <= 1 for name, value in summary.items() if "/" in name)
+
+
+def test_mlflow_holds_parameters_metrics_and_pictures(
+    launched: tuple[Path, Outcome], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    cwd, _ = launched
+    monkeypatch.chdir(cwd)
+    client = MlflowClient(tracking_uri="sqlite:///runs/mlflow.db")
+    experiment = client.get_experiment_by_name("furrygan")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == (run_dir.name, "FINISHED")
+    assert run.data.params == {key: str(value) for key, value in flatten(load_config(run_dir / "config.yaml")).items()}
+    assert load_checkpoint(checkpoint_path(run_dir / "checkpoints", STEPS))["tracker_run_id"] == run.info.run_id
+
+    history = client.get_metric_history(run.info.run_id, "loss/g_main_adversarial")
+    expected = [(row["images_seen"], row["loss/g_main_adversarial"]) for row in training_rows(run_dir)]
+    assert [(metric.step, metric.value) for metric in history] == expected
+    assert client.get_metric_history(run.info.run_id, "mask/miou")
+
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id, "images")}
+    pictures = [path for path in artifacts if path.endswith(".png")]
+    assert len(pictures) == 2 and all("grid" in path for path in pictures)
+    with Image.open(client.download_artifacts(run.info.run_id, pictures[0])) as grid:
+        assert grid.width > 2 * 96
+    assert "summary.json" in {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def test_resumed_run_goes_on_in_the_same_mlflow_run(launched: tuple[Path, Outcome], run_dir: Path) -> None:
+    from mlflow import MlflowClient
+
+    cwd, _ = launched
+    copy = cwd / "runs" / "furballs-copy"
+    shutil.copytree(run_dir, copy)
+    try:
+        outcome = train_in_process(cwd, "--resume", str(copy), "--steps", str(STEPS + 1))
+        assert outcome.code == 0, outcome.err
+    finally:
+        shutil.rmtree(copy)
+    client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'runs' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("furrygan").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss/g_main_adversarial")
+    assert [metric.step for metric in history] == [i * BATCH for i in range(1, STEPS + 2)]
+
+
+# --- other ways to train ---
+
+
+def write_noise(out: Path, resolution: int, *, with_alpha: bool = False, num: int = 16) -> Path:
+    noise = np.random.default_rng(0).integers(256, size=(num, resolution, resolution, 3), dtype=np.uint8)
+    samples = (Sample(image, image[..., 0].copy() if with_alpha else None) for image in noise)
+    write_shards(samples, out, resolution=resolution, source={})
+    return out
+
+
+def test_pictures_without_alpha_train_without_mask_metrics(tmp_path: Path) -> None:
+    data = write_noise(tmp_path / "data", RESOLUTION)
+    outcome = train_in_process(tmp_path, *flags(merge(TINY, {"steps": 2, "data": data, "run_dir": "run"})))
+    assert outcome.code == 0, outcome.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {name for name in summary if name in SUMMARY} == {name for name in SUMMARY if "/" not in name}
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / BEST)["iteration"] == 2
+    assert list((tmp_path / "run" / "samples").glob("*.png"))
+
+
+@pytest.mark.parametrize("dataset", [name for name in PRESETS if name != "furballs"])
+def test_every_preset_trains(dataset: str, tmp_path: Path) -> None:
+    """Small, and at its first iterations: the unaligned recipe has terms that come late."""
+    data = write_noise(tmp_path / "data", RESOLUTION)
+    overrides = {"dataset": dataset, "data": data, "run_dir": "run", "steps": 2, "resolution": RESOLUTION}
+    outcome = train_in_process(tmp_path, *flags(merge(TINY, overrides)))
+    assert outcome.code == 0, outcome.err
+    late = load_config(tmp_path / "run" / "config.yaml")["loss"]["consistency_start"] > 2
+    assert ("loss/g_main_consistency" in training_rows(tmp_path / "run")[0]) is not late
+
+
+def test_larger_pictures_with_alpha_train(tmp_path: Path) -> None:
+    """At 256 px, the paper's size, the segmenter looks at smaller pictures than the discriminator."""
+    data = write_noise(tmp_path / "data", 256, with_alpha=True)
+    sizes = {"resolution": 256, "batch": 4, "model": {"channel_base": 1024, "channel_max": 16}}
+    overrides = {"dataset": "ffhq", "data": data, "run_dir": "run", "steps": 1, "cache_dir": tmp_path / "cache"} | sizes
+    outcome = train_in_process(tmp_path, *flags(merge(TINY, overrides)))
+    assert outcome.code == 0, outcome.err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()).keys() >= SUMMARY
+
+
+def test_loaders_train_alike(cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    states = []
+    for loader in ("dali", "webdataset"):
+        outcome = train_in_process(tmp_path, *tiny(cache, steps=2, loader=loader, run_dir=loader))
+        assert outcome.code == 0, outcome.err
+        states.append(load_checkpoint(checkpoint_path(tmp_path / loader / "checkpoints", 2)))
+    torch.testing.assert_close(states[0]["discriminator"], states[1]["discriminator"], rtol=0, atol=1e-3)
+
+
+def test_adam_is_scaled_lazily_as_in_the_authors_script(cache: Path) -> None:
+    with tiny_trainer(cache, loss={"r1_interval": 16}) as trainer:
+        for network, ratio in (("generator", 4 / 5), ("discriminator", 16 / 17)):
+            (group,) = trainer.optimizers[network].param_groups
+            assert group["lr"] == pytest.approx(0.002 * ratio)
+            assert group["betas"] == pytest.approx((0.0, 0.99**ratio))
+
+
+# --- mistakes ---
+
+
+def refused(outcome: Outcome, cwd: Path) -> str:
+    """The one line; nothing was made."""
+    assert outcome.code == 2, outcome.err
+    assert outcome.err.splitlines() == outcome.errors and len(outcome.errors) == 1, outcome.err
+    assert outcome.out == ""
+    assert not (cwd / "runs").exists()
+    return outcome.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dataset", "cats"], ("'cats'", "furballs", "compcars")),
+        (["--colour", "red"], ("--colour", "--help")),
+        (["--config", "nowhere.yaml"], ("nowhere.yaml",)),
+        (["--data", "nowhere"], ("nowhere", "does not exist")),
+    ],
+)
+def test_mistake_ends_the_command_with_one_line_and_code_2(
+    arguments: list[str], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    line = refused(train_in_new_process(tmp_path, *arguments), tmp_path)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--dataset cats", ("'cats'", "furballs", "compcars")),
+        ("--colour red", ("--colour", "--help")),
+        ("--loss.phi3 1", ("--loss.phi3", "--help")),
+        ("--resolution 33", ("resolution 33", "power of two from 32 to 1024")),
+        ("--resolution 16", ("resolution 16", "power of two from 32 to 1024")),
+        ("--resolution 2048", ("resolution 2048", "power of two from 32 to 1024")),
+        ("--batch 6", ("batch 6", "multiple of 4")),
+        ("--batch 0", ("batch", "at least 1")),
+        ("--config", ("--config",)),
+        ("--config nowhere.yaml", ("nowhere.yaml",)),
+        ("--resume nowhere", ("nowhere", "not a run directory")),
+        ("--resume .", ("config.yaml", "not a run directory")),
+        ("--data nowhere", ("nowhere", "does not exist")),
+        ("--evaluation.segmenter-images 1", ("segmenter_images",)),
+        ("--evaluation.segmenter-images 3", ("segmenter_images",)),
+    ],
+)
+def test_mistake_in_the_arguments_is_one_line(
+    arguments: str, words: tuple[str, ...], cache: Path, tmp_path: Path
+) -> None:
+    line = refused(train_in_process(tmp_path, *tiny(cache, run_dir="runs/x"), *arguments.split()), tmp_path)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a: b: c", ("not YAML",)), ("- 1", ("no mapping",)), ("colour: red", ("'colour'",)), ("", ("no mapping",))],
+)
+def test_mistake_in_the_config_file_is_one_line(text: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    line = refused(train_in_process(tmp_path, "--config", "c.yaml"), tmp_path)
+    for word in words:
+        assert word in line
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def emptied(data: Path) -> None:
+    for path in data.iterdir():
+        path.unlink()
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "missing directory": (shutil.rmtree, ("does not exist", "give")),
+    "empty directory": (emptied, ("no *.tar", "give")),
+    "truncated shard": (lambda data: cut(data / "000000.tar"), ("000000.tar", "truncated", "rebuild")),
+    "empty shard": (lambda data: (data / "000000.tar").write_bytes(b""), ("000000.tar", "rebuild")),
+    "missing shard": (lambda data: (data / "000000.tar").rename(data / "other.tar"), ("tar", "manifest", "rebuild")),
+    "no index or manifest, truncated": (
+        lambda data: (
+            (data / "000000.idx").unlink(),
+            (data / "manifest.json").unlink(),
+            cut(data / "000000.tar"),
+        ),
+        ("000000.tar", "rebuild"),
+    ),
+    "broken manifest": (lambda data: cut(data / "manifest.json"), ("manifest.json", "rebuild")),
+    "broken index": (lambda data: cut(data / "000000.idx"), ("000000.idx", "rebuild")),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_shards_are_one_line(kind: str, cache: Path, tmp_path: Path) -> None:
+    damage, words = BROKEN[kind]
+    data = tmp_path / "shards" / "mine"
+    shutil.copytree(furballs(cache), data)
+    damage(data)
+    line = refused(train_in_process(tmp_path, *tiny(cache, data=data, run_dir="runs/x")), tmp_path)
+    for word in ("shards/mine", *words):
+        assert word in line
+
+
+def test_shards_of_another_resolution_are_one_line(cache: Path, tmp_path: Path) -> None:
+    outcome = train_in_process(tmp_path, *tiny(cache, data=furballs(cache), resolution=64, run_dir="runs/x"))
+    line = refused(outcome, tmp_path)
+    assert str(furballs(cache)) in line and "32 px" in line and "64 px" in line
+
+
+def test_fewer_pictures_than_a_batch_are_one_line(tmp_path: Path) -> None:
+    data = write_noise(tmp_path / "data", RESOLUTION, num=7)
+    line = refused(train_in_process(tmp_path, *flags(TINY | {"data": data, "run_dir": "runs/x"})), tmp_path)
+    assert "7 pictures" in line and "batch of 8" in line
+
+
+@pytest.mark.parametrize("loader", ["dali", "webdataset"])
+def test_picture_that_cannot_be_decoded_is_one_line(loader: str, tmp_path: Path) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    data = write_noise(tmp_path / "data", RESOLUTION)
+    tar = bytearray((data / "000000.tar").read_bytes())
+    for start in (found.start() for found in re.finditer(b"IDAT", bytes(tar))):
+        tar[start + 4 : start + 400] = bytes(396)
+    (data / "000000.tar").write_bytes(tar)
+    outcome = train_in_process(tmp_path, *flags(TINY | {"data": data, "run_dir": "run", "loader": loader}))
+    assert outcome.code == 2, outcome.err
+    assert len(outcome.errors) == 1 and "Traceback" not in outcome.err
+    assert "000000.tar" in outcome.errors[0] and "cannot be decoded" in outcome.errors[0]
+
+
+# --- losses that are not finite ---
+
+LOSSES = {
+    "d_logistic": ("discriminator", "d_main_adversarial"),
+    "mask_prediction": ("discriminator", "d_main_prediction"),
+    "r1_penalty": ("discriminator", "d_r1_r1"),
+    "g_nonsaturating": ("generator", "g_main_adversarial"),
+    "fine_area": ("generator", "g_main_fine"),
+    "background_participation": ("generator", "g_main_participation"),
+}
+
+
+def moving_parts(trainer: Trainer, network: str) -> dict[str, Any]:
+    """All that an optimizer step on `network` would change, copied."""
+    state = trainer.state_dict()
+    parts = {network: state[network], "ema": state["ema"], "optimizer": state["optimizers"][network]}
+    return torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, parts)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, by: float, note: Callable[[], None]) -> None:
+    """Let a loss be `by`, and call `note` at that moment."""
+    right = getattr(module, name)
+
+    def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
+        note()
+        return right(*args, **kwargs) * by
+
+    monkeypatch.setattr(module, name, wrong)
+
+
+@pytest.mark.parametrize("by", [math.nan, math.inf])
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_that_is_not_finite_stops_before_the_optimizer_step(
+    name: str, by: float, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, term = LOSSES[name]
+    # phi2 = 0 keeps the hinge of L_fine above 0.
+    with tiny_trainer(cache, loss={"r1_interval": 2, "phi2": 0.0}) as trainer:
+        trainer.step()
+        trainer.step()
+        before: list[dict[str, Any]] = []
+        spoil(monkeypatch, losses, name, by, lambda: before.append(moving_parts(trainer, network)))
+        with pytest.raises(NonFiniteLossError, match=f"{term} .* iteration 2") as error:
+            trainer.step()
+        assert "\n" not in str(error.value)
+        assert_same_bits(moving_parts(trainer, network), before[-1])
+        assert trainer.iteration == 2
+
+
+def test_weight_that_makes_a_loss_infinite_stops_before_the_optimizer_step(cache: Path) -> None:
+    """Each term is finite, the weighted sum is not."""
+    with tiny_trainer(cache, loss={"r1_interval": 1, "r1": 1e39}) as trainer:
+        with pytest.raises(NonFiniteLossError, match="d_r1_r1"):
+            trainer.step()
+        assert all(parameter.isfinite().all() for parameter in trainer.discriminator.parameters())
+
+
+def test_run_with_a_poisoned_weight_ends_with_code_2_and_leaves_its_checkpoints(cache: Path, tmp_path: Path) -> None:
+    every_step = {"log": {"checkpoint_interval_images": BATCH}, "run_dir": "run", "steps": 2}
+    assert train_in_process(tmp_path, *tiny(cache, **every_step)).code == 0
+    directory = tmp_path / "run" / "checkpoints"
+    state = load_checkpoint(checkpoint_path(directory, 2))
+    state["generator"]["synthesis_foreground.constant"][0, 0, 0, 0] = math.nan
+    save_checkpoint(state, checkpoint_path(directory, 2))
+
+    outcome = train_in_process(tmp_path, "--resume", "run", "--steps", "4")
+    assert outcome.code == 2, outcome.err
+    assert "Traceback" not in outcome.err
+    assert "d_main_adversarial" in outcome.err and "iteration 2" in outcome.err
+    assert len(outcome.errors) == 1  # at the beginning of a line, not behind the progress bar
+    assert [load_checkpoint(path)["iteration"] for path in list_checkpoints(directory)] == [2, 1]
+    assert [row["iteration"] for row in training_rows(tmp_path / "run")] == [1, 2]
