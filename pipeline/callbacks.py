@@ -1,5 +1,6 @@
 """What is seen of a run: progress, metrics, sample grids, mask metrics, checkpoints."""
 
+import math
 import os
 import resource
 import time
@@ -49,6 +50,9 @@ class Progress:
         self._bar.update()
         if is_due_by_images(trainer, trainer.config.log.metrics_interval_images):
             self._log(trainer)
+
+    def close(self) -> None:
+        self._bar.close()
 
     def on_end(self, trainer: Trainer) -> None:
         self._log(trainer)
@@ -144,6 +148,7 @@ class Checkpoints:
         *,
         best_miou: float,
         seconds_before: float,
+        saved_iteration: int = -1,
     ) -> None:
         self._directory = run_dir / "checkpoints"
         self._tracker = tracker
@@ -151,7 +156,7 @@ class Checkpoints:
         self._started = time.perf_counter() - seconds_before
         self.best_miou = best_miou
         self.metrics: dict[str, float] = {}
-        self._last = -1
+        self._last = saved_iteration
 
     @property
     def seconds(self) -> float:
@@ -175,7 +180,9 @@ class Checkpoints:
             if self.metrics:
                 self._tracker.log_metrics(self.metrics, iteration=trainer.iteration, images_seen=trainer.images_seen)
             miou = self.metrics.get("mask/miou", 0.0)
-            is_best = miou >= self.best_miou
+            if not math.isfinite(miou):
+                miou = 0.0
+            is_best = miou >= self.best_miou or not (self._directory / BEST).is_file()
             self.best_miou = max(miou, self.best_miou)
             state = trainer.state_dict() | {
                 "tracker_run_id": self._tracker.run_id,

@@ -27,8 +27,11 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    # The digest comes first: a checkpoint under its final name always has one.
-    _digest_path(path).write_text(_sha256(temporary))
+    # The digest comes first: a checkpoint under its final name always has one. Until the rename, both files' are good.
+    former = [_sha256(path)] if path.is_file() else []
+    digests = path.with_suffix(".sha256.tmp")
+    digests.write_text("\n".join([*former, _sha256(temporary)]))
+    digests.replace(_digest_path(path))
     temporary.replace(path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -46,7 +49,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if not path.is_file():
         raise UserError(f"checkpoint {path} is missing: give an existing one, or leave --resume out to start anew")
     digest = _digest_path(path)
-    if digest.is_file() and digest.read_text().strip() != _sha256(path):
+    if digest.is_file() and _sha256(path) not in digest.read_text().split():
         raise UserError(f"checkpoint {path} is damaged (its sha256 is not that of {digest.name}): use another one")
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)

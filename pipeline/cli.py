@@ -42,10 +42,13 @@ def parse_config(description: str, argv: list[str] | None = None) -> Config:
         SystemExit: after `--help`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--dataset", "--config", "--resume", "--data"):
         first.add_argument(name)
-    named, _ = first.parse_known_args(argv)
+    try:
+        named, _ = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
 
     values: dict[str, Any] = {}
     if named.resume is not None:
@@ -83,9 +86,8 @@ def _one_line_errors(*, passthrough: bool) -> Iterator[None]:
     except SystemExit as error:
         if passthrough or not error.code:
             raise
-        inside = [line.strip("│ ") for line in captured.getvalue().splitlines() if line.startswith("│")]
-        words = " ".join(line.strip("─ ") for line in inside).split()
-        raise UserError(" ".join(words) or captured.getvalue().strip()) from None
+        lines = [line.strip("│╭╮╰╯─|+- ") if line[:1] in "│╭╰|+" else line for line in captured.getvalue().splitlines()]
+        raise UserError(" ".join(" ".join(lines).split())) from None
 
 
 def run_command(main: Callable[[], None]) -> None:

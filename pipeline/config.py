@@ -5,6 +5,7 @@
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -23,11 +24,11 @@ class Bounds(NamedTuple):
     high: float = math.inf
 
 
-Weight = Annotated[float, Bounds(0)]
+Weight = Annotated[float, Bounds(0, sys.float_info.max)]
 Share = Annotated[float, Bounds(0, 1)]
 Count = Annotated[int, Bounds(1)]
 CountOrZero = Annotated[int, Bounds(0)]
-Positive = Annotated[float, Bounds(math.ulp(0.0))]
+Positive = Annotated[float, Bounds(1e-12, sys.float_info.max)]
 
 
 class _Section:
@@ -131,7 +132,7 @@ class EvaluationConfig(_Section):
     """Generated foregrounds of the last evaluation."""
     threshold: Share = 0.5
     """Alpha above it is foreground."""
-    segmenter_images: Count = 4096
+    segmenter_images: Annotated[int, Bounds(8)] = 4096
     """Most images that the pseudo-ground-truth segmenter is fitted on; an eighth is held out."""
     segmenter_steps: Count = 600
     """Optimizer steps of that fit."""
@@ -179,7 +180,8 @@ class Config(_Section):
     def __post_init__(self) -> None:
         for name, value, bounds in _bounded_fields(self):
             if not bounds.low <= value <= bounds.high:
-                limit = f"at least {bounds.low:g}" if bounds.high == math.inf else f"{bounds.low:g} to {bounds.high:g}"
+                low, high = (f"{bound:.10g}" for bound in bounds)
+                limit = f"{low} to {high}" if bounds.high < sys.float_info.max else f"a finite number, at least {low}"
                 raise UserError(f"config key {name!r}: {value} is out of bounds, give {limit}")
         if self.dataset not in PRESETS:
             raise UserError(f"dataset {self.dataset!r} is unknown: choose one of {', '.join(PRESETS)}")
@@ -231,11 +233,11 @@ def _furballs() -> dict[str, Any]:
     """
     return {
         "resolution": 32,
-        "steps": 2400,
+        "steps": 3000,
         "model": {"channel_base": 1024, "channel_max": 64},
         "loss": {
             "r1": 0.05,
-            "phi1": 0.3,
+            "phi1": 0.25,
             "binarization_start": 0.5,
             "binarization_end": 2.0,
             "binarization_iterations": 1500,

@@ -20,7 +20,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
             names the field.
     """
     dataset = values.get("dataset", Config.__dataclass_fields__["dataset"].default)
-    if dataset not in PRESETS:
+    if not isinstance(dataset, str) or dataset not in PRESETS:
         raise UserError(f"dataset {dataset!r} is unknown: choose one of {', '.join(PRESETS)}")
     try:
         return _ADAPTER.validate_python(merge(PRESETS[dataset], values))

@@ -1,6 +1,10 @@
 """Mask metrics: of generated foregrounds against pseudo ground truth, and of the mask predictor on real images."""
 
+import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +17,9 @@ from pipeline.config import Config
 from pipeline.losses import downsample_mask
 from pipeline.mask_metrics import MaskCounter, MaskMetrics
 from pipeline.randomness import Stream, draw
-from pipeline.segmenter import Segmenter, fit_segmenter, shrink
+from pipeline.segmenter import SEGMENTER_VERSION, Segmenter, fit_segmenter, shrink
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 128
 NUM_REAL = 512
@@ -46,20 +52,24 @@ def prepare_pseudo_truth(shard_set: ShardSet, config: Config, device: torch.devi
         progress: show a bar.
     """
     num_images = min(config.evaluation.segmenter_images, shard_set.num_samples)
-    path = config.cache_dir / f"segmenter-{shard_set.digest[:16]}-{num_images}-{config.evaluation.segmenter_steps}.pt"
-    cached = torch.load(path, weights_only=True) if path.is_file() else None
-    images, alphas = _read_pairs(shard_set, num_images if cached is None else min(NUM_REAL, num_images), config)
+    path = (
+        config.cache_dir
+        / f"segmenter-v{SEGMENTER_VERSION}-{shard_set.digest[:16]}-{num_images}-{config.evaluation.segmenter_steps}.pt"
+    )
+    cached = _load_cached(path)
+    images, alphas = _read_pairs(shard_set, min(NUM_REAL, num_images), config, shrunk=False)
     if cached is None:
+        fit_images, fit_alphas = _read_pairs(shard_set, num_images, config, shrunk=True)
         segmenter, held_out = fit_segmenter(
-            _to_uint8(shrink(images), low=-1.0),
-            _to_uint8(shrink(alphas), low=0.0),
+            _to_uint8(fit_images, low=-1.0),
+            _to_uint8(fit_alphas, low=0.0),
             num_steps=config.evaluation.segmenter_steps,
             seed=0,
             device=device,
             progress=progress,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # runs that share a cache may fit at the same time
         torch.save({"segmenter": segmenter.state_dict(), "held_out": vars(held_out)}, temporary)
         temporary.replace(path)
     else:
@@ -67,7 +77,7 @@ def prepare_pseudo_truth(shard_set: ShardSet, config: Config, device: torch.devi
         segmenter.load_state_dict(cached["segmenter"])
         segmenter.eval().requires_grad_(False)
         held_out = MaskMetrics(**cached["held_out"])
-    return PseudoTruth(segmenter, held_out, images[:NUM_REAL].to(device), alphas[:NUM_REAL].to(device))
+    return PseudoTruth(segmenter, held_out, images.to(device), alphas.to(device))
 
 
 @torch.no_grad()
@@ -105,7 +115,19 @@ def real_mask_prediction_metrics(
     return counter.metrics()
 
 
-def _read_pairs(shard_set: ShardSet, num_images: int, config: Config) -> tuple[Tensor, Tensor]:
+def _load_cached(path: Path) -> dict[str, Any] | None:
+    """What an earlier run left; None if there is nothing, or nothing that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        cached: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        logger.warning("%s cannot be read (%s): fitting the segmenter anew", path, type(error).__name__)
+        return None
+    return cached
+
+
+def _read_pairs(shard_set: ShardSet, num_images: int, config: Config, *, shrunk: bool) -> tuple[Tensor, Tensor]:
     batch = min(64, num_images // 4 * 4)
     loader = make_loader(
         config.loader,
@@ -123,8 +145,8 @@ def _read_pairs(shard_set: ShardSet, num_images: int, config: Config) -> tuple[T
     for _ in range(num_images // batch):
         pairs = next(loader)
         assert pairs.alphas is not None
-        images.append(shrink(pairs.images))
-        alphas.append(shrink(pairs.alphas))
+        images.append(shrink(pairs.images) if shrunk else pairs.images)
+        alphas.append(shrink(pairs.alphas) if shrunk else pairs.alphas)
     loader.close()
     return torch.cat(images), torch.cat(alphas)
 

@@ -5,6 +5,7 @@
 
 import json
 import logging
+import math
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -82,5 +83,6 @@ def load_newest_whole(run_dir: Path) -> dict[str, Any] | None:
 def write_summary(summary: dict[str, float], run_dir: Path) -> None:
     """Save the final figures."""
     temporary = run_dir / "summary.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    figures = {name: value if math.isfinite(value) else None for name, value in summary.items()}  # JSON has no nan
+    temporary.write_text(json.dumps(figures, indent=2) + "\n")
     temporary.replace(run_dir / "summary.json")

@@ -12,6 +12,9 @@ from tqdm import tqdm
 
 from pipeline.mask_metrics import MaskCounter, MaskMetrics
 
+SEGMENTER_VERSION = 1
+"""Raised when the network or its fit changes, so that no stale one is taken from a cache."""
+
 MAX_RESOLUTION = 128
 """Larger pictures are segmented at this resolution; the threshold's contour needs no more."""
 

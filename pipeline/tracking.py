@@ -7,6 +7,7 @@ Metric names are ``group/name``. The groups: ``loss/<phase>_<term>``, ``grad_nor
 
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -57,7 +58,8 @@ class JsonlTracker:
             temporary.replace(self._path)
 
     def log_metrics(self, metrics: dict[str, float], *, iteration: int, images_seen: int) -> None:
-        row = {"iteration": iteration, "images_seen": images_seen, **metrics}
+        figures = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no nan
+        row = {"iteration": iteration, "images_seen": images_seen, **figures}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

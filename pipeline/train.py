@@ -92,9 +92,12 @@ def train(config: Config, accelerator: Accelerator) -> None:
             pseudo_truth,
             best_miou=state.get("best_miou", 0.0),
             seconds_before=state.get("seconds", 0.0),
+            saved_iteration=state.get("iteration", -1),
         )
         checkpoints.metrics = state.get("metrics", {})
-        trainer.fit([Progress(trainer, tracker), SampleGrids(trainer, tracker), checkpoints])
+        progress = Progress(trainer, tracker)
+        with contextlib.closing(progress):
+            trainer.fit([progress, SampleGrids(trainer, tracker), checkpoints])
         if tracker is not None:
             summary = summarise(trainer, checkpoints, pseudo_truth)
             write_summary(summary, run_dir)

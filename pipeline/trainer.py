@@ -151,13 +151,15 @@ class Trainer:
         self._measure(phase, result)
 
     def _check_finite(self, phase: Phase, result: PhaseResult) -> None:
-        finite = torch.stack([value.detach().float() for value in result.terms.values()]).isfinite()
+        # Weighted too: a finite term may overflow with its weight.
+        terms = [(value.detach().float(), result.weights[name]) for name, value in result.terms.items()]
+        finite = torch.stack([value.isfinite() & (weight * value).isfinite() for value, weight in terms])
         if not finite.all():
             broken = [name for name, ok in zip(result.terms, finite.tolist(), strict=True) if not ok]
             raise NonFiniteLossError(
                 f"loss {' and '.join(f'{phase.name}_{name}' for name in broken)} is not finite at iteration "
-                f"{self.iteration}, nothing was updated: go on from the last checkpoint with a lower "
-                "--optimizer.learning-rate or a higher --loss.r1"
+                f"{self.iteration}; its step was not taken, and the last checkpoint is whole: go on from there with a "
+                "lower --optimizer.learning-rate or a higher --loss.r1"
             )
 
     def _measure(self, phase: Phase, result: PhaseResult) -> None:

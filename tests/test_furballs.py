@@ -13,7 +13,7 @@ from data_shards.sample import Sample
 from data_shards.sources import furballs
 from data_shards.sources.strands import Canvas, Strands
 
-DIGEST_OF_FOUR = "03a4fac7a7e9aed2cc111e9e839f1bcefe9c4dfabc6989fb07fa06243d8fdaf4"
+DIGEST_OF_FOUR = "d707bd6c09fc900c782748a8eb9d0aedd64cea0c97fc358d7fa997fdbca80fd5"
 
 
 def digest(*samples: Sample) -> str:
@@ -118,9 +118,9 @@ def test_whiskers_are_thinner_than_a_pixel_and_four_to_twelve(resolution: int, m
 def test_the_creature_fills_a_reasonable_share_about_the_centre() -> None:
     alpha = alphas(64)
     area = alpha.mean(axis=(1, 2))
-    assert 0.34 < area.mean() < 0.42
+    assert 0.40 < area.mean() < 0.48
     assert area.min() > 0.18
-    assert area.max() < 0.65
+    assert area.max() < 0.7
     assert np.median(alpha, axis=0)[12:24, 12:20].min() == 1
     assert alpha[:, :3, :3].mean() < 0.05
 

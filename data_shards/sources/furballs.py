@@ -124,18 +124,18 @@ def _colours(rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.fl
 
 def design(rng: np.random.Generator) -> Creature:
     """Decides on a creature."""
-    pose = POSES[rng.choice(3, p=(0.2, 0.55, 0.25))]
+    pose = POSES[rng.choice(3, p=(0.55, 0.2, 0.25))]
     ears = EARS[rng.choice(4, p=(0.3, 0.35, 0.22, 0.13))]
-    radius, centre_y = {"portrait": (0.235, 0.48), "ball": (0.295, 0.52), "sitting": (0.188, 0.37)}[pose]
+    radius, centre_y = {"portrait": (0.235, 0.48), "ball": (0.28, 0.52), "sitting": (0.188, 0.37)}[pose]
     if ears == "long":
         radius, centre_y = radius * 0.92, centre_y + 0.07
     colours, mean_colour = _colours(rng)
     return Creature(
         pose=pose,
         ears=ears,
-        coat=COATS[rng.choice(5, p=(0.32, 0.2, 0.22, 0.16, 0.1))],
+        coat=COATS[rng.choice(5, p=(0.6, 0.1, 0.12, 0.1, 0.08))],
         centre=np.array([0.5, centre_y]) + rng.uniform(-0.045, 0.045, 2),
-        radius=radius * rng.uniform(0.88, 1.12),
+        radius=radius * rng.uniform(1.0, 1.25),
         tilt=rng.uniform(-0.3, 0.3),
         aspect=rng.uniform(1.0, 1.2),
         fur=rng.uniform(0.13, 0.3),

@@ -12,7 +12,7 @@ Palette = NDArray[np.uint8]  # [NUM_COLOURS, 3]
 
 NUM_COLOURS = 4
 NUM_PALETTE_TRIES = 8
-MIN_COLOUR_DISTANCE = 75.0  # Euclidean, in 8-bit RGB
+MIN_COLOUR_DISTANCE = 90.0  # Euclidean, in 8-bit RGB
 GRID = 4096  # integer coordinates: stripes fall on the same side of a boundary on every machine
 
 # Colours of nature; the furs are drawn from them too, so colour alone does not tell fur from background.
@@ -52,7 +52,8 @@ def draw_palette(rng: np.random.Generator, avoid: NDArray[np.float64]) -> Palett
         near = np.clip(base * rng.uniform(0.5, 1.5) + rng.uniform(-20, 20, 3), 0, 255)
         other = any_colour(rng, natural=0.45)
         mixed = base + (other - base) * rng.uniform(0.2, 0.8)
-        palette = np.stack([base, near, mixed, other]).round().astype(np.uint8)
+        # Muted, as what is out of focus or far away: the animal is what stands out.
+        palette = (np.stack([base, near, mixed, other]) * 0.5 + 56).round().astype(np.uint8)
         distance = float(np.linalg.norm(palette.mean(0) - avoid))
         if distance >= MIN_COLOUR_DISTANCE:
             return palette
@@ -194,8 +195,7 @@ def draw_background(rng: np.random.Generator, resolution: int, avoid: NDArray[np
         avoid: ``[3]`` in 0..255; palettes with a mean close to it are drawn again.
     """
     kind = list(_KINDS)[rng.integers(len(_KINDS))]
-    # Muted, as what is out of focus or far away: the animal is what stands out.
-    palette = (draw_palette(rng, avoid) * 0.5 + 56).astype(np.uint8)
+    palette = draw_palette(rng, avoid)
     picture = _KINDS[kind](rng, resolution, palette).astype(np.int32)
     # Mottled light on all of them: no background is flat enough to be told by its flatness.
     light = smooth_noise(rng, resolution, 4, 3) - 128
