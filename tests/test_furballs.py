@@ -13,7 +13,7 @@ from data_shards.sample import Sample
 from data_shards.sources import furballs
 from data_shards.sources.strands import Canvas, Strands
 
-DIGEST_OF_FOUR = "d707bd6c09fc900c782748a8eb9d0aedd64cea0c97fc358d7fa997fdbca80fd5"
+DIGEST_OF_FOUR = "8d5ed362bf1fbf56d770de850ad36055cd867fea90401e2a20c166a987a7738a"
 
 
 def digest(*samples: Sample) -> str:

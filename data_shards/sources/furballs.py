@@ -97,8 +97,10 @@ def _colours(rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.fl
     second = vary(rng, NATURAL_COLOURS[rng.integers(len(NATURAL_COLOURS))], 15)
     if np.linalg.norm(second - main) < 90:
         second = main * 0.45 if main.mean() > 110 else main * 0.4 + 140
-    pale = main * 0.4 + 125
-    skin = np.array([226.0, 158, 150]) * rng.uniform(0.75, 1.05)
+    # Muzzle, chest and ears take after the fur. In colours of their own, the same on all animals, they would go well
+    # with any head, and a background could wear them.
+    pale = main * 0.65 + 75
+    skin = main * 0.6 + np.array([90.0, 63, 60]) * rng.uniform(0.75, 1.05)
 
     table = np.zeros((256, 3))
     shade = (np.arange(NUM_SHADES) + 0.5)[:, None] / NUM_SHADES
