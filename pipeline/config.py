@@ -237,7 +237,7 @@ def _furballs() -> dict[str, Any]:
         "model": {"channel_base": 1024, "channel_max": 64},
         "loss": {
             "r1": 0.05,
-            "phi1": 0.3,
+            "phi1": 0.25,
             "binarization_start": 0.5,
             "binarization_end": 2.0,
             "binarization_iterations": 1500,

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from data_shards.builtin import furballs_shards
 from data_shards.loader import make_loader
+from data_shards.sample import Sample
 from data_shards.shard_set import ShardSet
+from data_shards.writer import write_shards
 from pipeline import train
 from pipeline.cli import run_command
 from pipeline.config_io import config_from_dict, merge
@@ -29,7 +32,7 @@ from pipeline.trainer import Trainer, make_accelerator
 torch.set_num_threads(1)
 
 TRAIN = Path(train.__file__)
-NUM_IMAGES, BATCH, RESOLUTION = 64, 8, 32
+NUM_IMAGES, BATCH, RESOLUTION, STEPS = 64, 8, 32, 4
 # Every network and every loss, with at least 4 channels each: Adam makes much of the gradients of fewer, which are
 # nothing but rounding where demodulation takes a lone channel's scale away.
 TINY: dict[str, Any] = {
@@ -183,3 +186,14 @@ def assert_same_bits(actual: Any, expected: Any, name: str = "state") -> None:
         assert actual.dtype == expected.dtype and torch.equal(actual, expected), name
     else:
         assert actual == expected, name
+
+
+def tiny(cache: Path, **overrides: Any) -> list[str]:
+    return flags(merge(TINY | {"cache_dir": cache, "steps": STEPS}, overrides))
+
+
+def write_noise(out: Path, resolution: int, *, with_alpha: bool = False, num: int = 16) -> Path:
+    noise = np.random.default_rng(0).integers(256, size=(num, resolution, resolution, 3), dtype=np.uint8)
+    samples = (Sample(image, image[..., 0].copy() if with_alpha else None) for image in noise)
+    write_shards(samples, out, resolution=resolution, source={})
+    return out

@@ -1,4 +1,4 @@
-"""The training command from its start to what it leaves behind, and how it ends on a mistake."""
+"""The training command, from its start to what it leaves behind."""
 
 import json
 import math
@@ -7,43 +7,35 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
     BATCH,
     PIPES,
     RESOLUTION,
+    STEPS,
     TINY,
     TRAIN,
     Outcome,
     assert_same_bits,
     environment,
     flags,
-    furballs,
     rows,
     shard_cache,
+    tiny,
     tiny_trainer,
-    train_in_new_process,
     train_in_process,
     training_rows,
+    write_noise,
 )
 from PIL import Image
 
-from data_shards.sample import Sample
-from data_shards.writer import write_shards
-from pipeline import losses
-from pipeline.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
+from pipeline.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint
 from pipeline.config import PRESETS
 from pipeline.config_io import config_from_dict, config_to_dict, flatten, load_config, merge
-from pipeline.trainer import NonFiniteLossError, Trainer
 
-STEPS = 4
 SUMMARY = {
     *(f"mask/{name}" for name in ("iou_fg", "iou_bg", "miou", "precision", "recall", "f1", "accuracy")),
     *("mask_pred_real/iou_fg", "mask_pred_real/iou_bg", "segmenter/iou_fg"),
@@ -59,10 +51,6 @@ TERMS = {
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shard_cache(tmp_path_factory)
-
-
-def tiny(cache: Path, **overrides: Any) -> list[str]:
-    return flags(merge(TINY | {"cache_dir": cache, "steps": STEPS}, overrides))
 
 
 # --- what it leaves behind ---
@@ -221,13 +209,6 @@ def test_resumed_run_goes_on_in_the_same_mlflow_run(launched: tuple[Path, Outcom
 # --- other ways to train ---
 
 
-def write_noise(out: Path, resolution: int, *, with_alpha: bool = False, num: int = 16) -> Path:
-    noise = np.random.default_rng(0).integers(256, size=(num, resolution, resolution, 3), dtype=np.uint8)
-    samples = (Sample(image, image[..., 0].copy() if with_alpha else None) for image in noise)
-    write_shards(samples, out, resolution=resolution, source={})
-    return out
-
-
 def test_pictures_without_alpha_train_without_mask_metrics(tmp_path: Path) -> None:
     data = write_noise(tmp_path / "data", RESOLUTION)
     outcome = train_in_process(tmp_path, *flags(merge(TINY, {"steps": 2, "data": data, "run_dir": "run"})))
@@ -278,212 +259,3 @@ def test_adam_is_scaled_lazily_as_in_the_authors_script(cache: Path) -> None:
             (group,) = trainer.optimizers[network].param_groups
             assert group["lr"] == pytest.approx(0.002 * ratio)
             assert group["betas"] == pytest.approx((0.0, 0.99**ratio))
-
-
-# --- mistakes ---
-
-
-def refused(outcome: Outcome, cwd: Path) -> str:
-    """The one line; nothing was made."""
-    assert outcome.code == 2, outcome.err
-    assert outcome.err.splitlines() == outcome.errors and len(outcome.errors) == 1, outcome.err
-    assert outcome.out == ""
-    assert not (cwd / "runs").exists()
-    return outcome.errors[0]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--colour", "red"], ("--colour", "--help")),
-        (["--data", "nowhere"], ("nowhere", "does not exist")),
-    ],
-)
-def test_mistake_ends_the_command_with_one_line_and_code_2(
-    arguments: list[str], words: tuple[str, ...], tmp_path: Path
-) -> None:
-    line = refused(train_in_new_process(tmp_path, *arguments), tmp_path)
-    for word in words:
-        assert word in line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("--dataset cats", ("'cats'", "furballs", "compcars")),
-        ("--colour red", ("--colour", "--help")),
-        ("--loss.phi3 1", ("--loss.phi3", "--help")),
-        ("--resolution 33", ("resolution 33", "power of two from 32 to 1024")),
-        ("--resolution 16", ("resolution 16", "power of two from 32 to 1024")),
-        ("--resolution 2048", ("resolution 2048", "power of two from 32 to 1024")),
-        ("--batch 6", ("batch 6", "multiple of 4")),
-        ("--batch 0", ("batch", "at least 1")),
-        ("--config", ("--config",)),
-        ("--config nowhere.yaml", ("nowhere.yaml",)),
-        ("--resume nowhere", ("nowhere", "not a run directory")),
-        ("--resume .", ("config.yaml", "not a run directory")),
-        ("--data nowhere", ("nowhere", "does not exist")),
-        ("--evaluation.segmenter-images 1", ("segmenter_images",)),
-        ("--evaluation.segmenter-images 3", ("segmenter_images",)),
-    ],
-)
-def test_mistake_in_the_arguments_is_one_line(
-    arguments: str, words: tuple[str, ...], cache: Path, tmp_path: Path
-) -> None:
-    line = refused(train_in_process(tmp_path, *tiny(cache, run_dir="runs/x"), *arguments.split()), tmp_path)
-    for word in words:
-        assert word in line
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [("a: b: c", ("not YAML",)), ("- 1", ("no mapping",)), ("colour: red", ("'colour'",)), ("", ("no mapping",))],
-)
-def test_mistake_in_the_config_file_is_one_line(text: str, words: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(text)
-    line = refused(train_in_process(tmp_path, "--config", "c.yaml"), tmp_path)
-    for word in words:
-        assert word in line
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def emptied(data: Path) -> None:
-    for path in data.iterdir():
-        path.unlink()
-
-
-BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "missing directory": (shutil.rmtree, ("does not exist", "give")),
-    "empty directory": (emptied, ("no *.tar", "give")),
-    "truncated shard": (lambda data: cut(data / "000000.tar"), ("000000.tar", "truncated", "rebuild")),
-    "empty shard": (lambda data: (data / "000000.tar").write_bytes(b""), ("000000.tar", "rebuild")),
-    "missing shard": (lambda data: (data / "000000.tar").rename(data / "other.tar"), ("tar", "manifest", "rebuild")),
-    "no index or manifest, truncated": (
-        lambda data: (
-            (data / "000000.idx").unlink(),
-            (data / "manifest.json").unlink(),
-            cut(data / "000000.tar"),
-        ),
-        ("000000.tar", "rebuild"),
-    ),
-    "broken manifest": (lambda data: cut(data / "manifest.json"), ("manifest.json", "rebuild")),
-    "broken index": (lambda data: cut(data / "000000.idx"), ("000000.idx", "rebuild")),
-}
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-def test_broken_shards_are_one_line(kind: str, cache: Path, tmp_path: Path) -> None:
-    damage, words = BROKEN[kind]
-    data = tmp_path / "shards" / "mine"
-    shutil.copytree(furballs(cache), data)
-    damage(data)
-    line = refused(train_in_process(tmp_path, *tiny(cache, data=data, run_dir="runs/x")), tmp_path)
-    for word in ("shards/mine", *words):
-        assert word in line
-
-
-def test_shards_of_another_resolution_are_one_line(cache: Path, tmp_path: Path) -> None:
-    outcome = train_in_process(tmp_path, *tiny(cache, data=furballs(cache), resolution=64, run_dir="runs/x"))
-    line = refused(outcome, tmp_path)
-    assert str(furballs(cache)) in line and "32 px" in line and "64 px" in line
-
-
-def test_fewer_pictures_than_a_batch_are_one_line(tmp_path: Path) -> None:
-    data = write_noise(tmp_path / "data", RESOLUTION, num=7)
-    line = refused(train_in_process(tmp_path, *flags(TINY | {"data": data, "run_dir": "runs/x"})), tmp_path)
-    assert "7 pictures" in line and "batch of 8" in line
-
-
-@pytest.mark.parametrize("loader", ["dali", "webdataset"])
-def test_picture_that_cannot_be_decoded_is_one_line(loader: str, tmp_path: Path) -> None:
-    if loader == "dali":
-        pytest.importorskip("nvidia.dali")
-    data = write_noise(tmp_path / "data", RESOLUTION)
-    tar = bytearray((data / "000000.tar").read_bytes())
-    for start in (found.start() for found in re.finditer(b"IDAT", bytes(tar))):
-        tar[start + 4 : start + 400] = bytes(396)
-    (data / "000000.tar").write_bytes(tar)
-    outcome = train_in_process(tmp_path, *flags(TINY | {"data": data, "run_dir": "run", "loader": loader}))
-    assert outcome.code == 2, outcome.err
-    assert len(outcome.errors) == 1 and "Traceback" not in outcome.err
-    assert "000000.tar" in outcome.errors[0] and "cannot be decoded" in outcome.errors[0]
-
-
-# --- losses that are not finite ---
-
-LOSSES = {
-    "d_logistic": ("discriminator", "d_main_adversarial"),
-    "mask_prediction": ("discriminator", "d_main_prediction"),
-    "r1_penalty": ("discriminator", "d_r1_r1"),
-    "g_nonsaturating": ("generator", "g_main_adversarial"),
-    "fine_area": ("generator", "g_main_fine"),
-    "background_participation": ("generator", "g_main_participation"),
-}
-
-
-def moving_parts(trainer: Trainer, network: str) -> dict[str, Any]:
-    """All that an optimizer step on `network` would change, copied."""
-    state = trainer.state_dict()
-    parts = {network: state[network], "ema": state["ema"], "optimizer": state["optimizers"][network]}
-    return torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, parts)
-
-
-def spoil(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, by: float, note: Callable[[], None]) -> None:
-    """Let a loss be `by`, and call `note` at that moment."""
-    right = getattr(module, name)
-
-    def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
-        note()
-        return right(*args, **kwargs) * by
-
-    monkeypatch.setattr(module, name, wrong)
-
-
-@pytest.mark.parametrize("by", [math.nan, math.inf])
-@pytest.mark.parametrize("name", LOSSES)
-def test_loss_that_is_not_finite_stops_before_the_optimizer_step(
-    name: str, by: float, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network, term = LOSSES[name]
-    # phi2 = 0 keeps the hinge of L_fine above 0.
-    with tiny_trainer(cache, loss={"r1_interval": 2, "phi2": 0.0}) as trainer:
-        trainer.step()
-        trainer.step()
-        before: list[dict[str, Any]] = []
-        spoil(monkeypatch, losses, name, by, lambda: before.append(moving_parts(trainer, network)))
-        with pytest.raises(NonFiniteLossError, match=rf"{term} .* iteration 2") as error:
-            trainer.step()
-        assert "\n" not in str(error.value)
-        assert_same_bits(moving_parts(trainer, network), before[-1])
-        assert trainer.iteration == 2
-
-
-def test_weight_that_makes_a_loss_infinite_stops_before_the_optimizer_step(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each term is finite, the weighted sum is not."""
-    monkeypatch.setattr(losses, "r1_penalty", lambda logits, images: logits.sum() * 0 + images.sum() * 0 + 3e38)
-    with tiny_trainer(cache, loss={"r1_interval": 1, "r1": 100.0}) as trainer:
-        with pytest.raises(NonFiniteLossError, match=r"d_r1_r1 .* iteration 0"):
-            trainer.step()
-        assert all(parameter.isfinite().all() for parameter in trainer.discriminator.parameters())
-
-
-def test_run_with_a_poisoned_weight_ends_with_code_2_and_leaves_its_checkpoints(cache: Path, tmp_path: Path) -> None:
-    every_step = {"log": {"checkpoint_interval_images": BATCH}, "run_dir": "run", "steps": 2}
-    assert train_in_process(tmp_path, *tiny(cache, **every_step)).code == 0
-    directory = tmp_path / "run" / "checkpoints"
-    state = load_checkpoint(checkpoint_path(directory, 2))
-    state["generator"]["synthesis_foreground.constant"][0, 0, 0, 0] = math.nan
-    save_checkpoint(state, checkpoint_path(directory, 2))
-
-    outcome = train_in_process(tmp_path, "--resume", "run", "--steps", "4")
-    assert outcome.code == 2, outcome.err
-    assert "Traceback" not in outcome.err
-    assert "d_main_adversarial" in outcome.err and "iteration 2" in outcome.err
-    assert len(outcome.errors) == 1  # at the beginning of a line, not behind the progress bar
-    assert [load_checkpoint(path)["iteration"] for path in list_checkpoints(directory)] == [2, 1]
-    assert [row["iteration"] for row in training_rows(tmp_path / "run")] == [1, 2]
