@@ -209,10 +209,6 @@ class Config(_Section):
             raise UserError(f"dataset {self.dataset} needs pictures: give --data DIRECTORY with its WebDataset shards")
 
 
-def _aligned(**loss: Any) -> dict[str, Any]:
-    return {"loss": loss}
-
-
 def _unaligned(phi1: float) -> dict[str, Any]:
     """Appendix F. Its phi1 is lost in the text: the values are our guess until a sweep says better."""
     return {
@@ -254,8 +250,8 @@ def _furballs() -> dict[str, Any]:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "furballs": _furballs(),
-    "ffhq": _aligned(),
-    "afhqv2_cat": _aligned(),
+    "ffhq": {},
+    "afhqv2_cat": {},
     "lsun_horse": _unaligned(phi1=0.2),
     "lsun_church": _unaligned(phi1=0.2),
     "lsun_cat": _unaligned(phi1=0.2),
