@@ -31,9 +31,7 @@ class DaliLoader(OrderedLoader):
         self, shard_set: ShardSet, order: BatchOrder, *, with_alpha: bool, device: torch.device, num_threads: int
     ) -> None:
         """See `data_shards.loader.make_loader`."""
-        super().__init__(shard_set, order)
-        self._with_alpha = with_alpha
-        self._device = device
+        super().__init__(shard_set, order, with_alpha=with_alpha, device=device)
         self._num_threads = num_threads
 
     def _batches_from(self, step: int) -> Iterator[Batch]:

@@ -60,10 +60,12 @@ class Loader(Protocol):
 class OrderedLoader(ABC):
     """What the loaders share: counting steps. A subclass makes the batches of consecutive steps."""
 
-    def __init__(self, shard_set: ShardSet, order: BatchOrder) -> None:
+    def __init__(self, shard_set: ShardSet, order: BatchOrder, *, with_alpha: bool, device: torch.device) -> None:
         self.steps_per_epoch = order.steps_per_epoch
         self._shard_set = shard_set
         self._order = order
+        self._with_alpha = with_alpha
+        self._device = device
         self._next_step = 0
         self._batches: Iterator[Batch] | None = None
 

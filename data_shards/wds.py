@@ -28,9 +28,7 @@ class WebDatasetLoader(OrderedLoader):
         self, shard_set: ShardSet, order: BatchOrder, *, with_alpha: bool, device: torch.device, num_threads: int
     ) -> None:
         """See `data_shards.loader.make_loader`."""
-        super().__init__(shard_set, order)
-        self._with_alpha = with_alpha
-        self._device = device
+        super().__init__(shard_set, order, with_alpha=with_alpha, device=device)
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="batch-ahead")
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         grey = webdataset.imagehandler("torchl8")
