@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from data_shards.sources.supersampling import downscaled
+
 Picture = NDArray[np.uint8]  # [R, R, 3]
 Palette = NDArray[np.uint8]  # [NUM_COLOURS, 3]
 
 NUM_COLOURS = 4
-NUM_PALETTE_TRIES = 8
-MIN_COLOUR_DISTANCE = 90.0  # Euclidean, in 8-bit RGB
 GRID = 4096  # integer coordinates: stripes fall on the same side of a boundary on every machine
 
 # Colours of nature; the furs are drawn from them too, so colour alone does not tell fur from background.
@@ -44,22 +44,13 @@ def any_colour(rng: np.random.Generator, natural: float) -> NDArray[np.float64]:
     return np.array(rgb) * 255
 
 
-def draw_palette(rng: np.random.Generator, avoid: NDArray[np.float64]) -> Palette:
-    """Colours whose mean keeps some distance from ``avoid`` ``[3]``: two of a kind, and two free ones."""
-    best, best_distance = np.zeros((NUM_COLOURS, 3), np.uint8), -1.0
-    for _ in range(NUM_PALETTE_TRIES):
-        base = any_colour(rng, natural=0.45)
-        near = np.clip(base * rng.uniform(0.5, 1.5) + rng.uniform(-20, 20, 3), 0, 255)
-        other = any_colour(rng, natural=0.45)
-        mixed = base + (other - base) * rng.uniform(0.2, 0.8)
-        # Muted, as what is out of focus or far away: the animal is what stands out.
-        palette = (np.stack([base, near, mixed, other]) * 0.5 + 56).round().astype(np.uint8)
-        distance = float(np.linalg.norm(palette.mean(0) - avoid))
-        if distance >= MIN_COLOUR_DISTANCE:
-            return palette
-        if distance > best_distance:
-            best, best_distance = palette, distance
-    return best
+def draw_palette(rng: np.random.Generator) -> Palette:
+    """Light colours, as of snow, sand, sky and paper: two of a kind, and two free ones."""
+    base = any_colour(rng, natural=0.45)
+    near = np.clip(base * rng.uniform(0.5, 1.5) + rng.uniform(-20, 20, 3), 0, 255)
+    other = any_colour(rng, natural=0.45)
+    mixed = base + (other - base) * rng.uniform(0.2, 0.8)
+    return np.asarray((np.stack([base, near, mixed, other]) * 0.36 + 148).round(), np.uint8)
 
 
 def _scaled(grid: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
@@ -119,7 +110,7 @@ def _stripes(rng: np.random.Generator, resolution: int, palette: Palette) -> Pic
         inks = inks + 2 * other if kind == 1 else inks ^ other
     canvas = Image.fromarray(inks.astype(np.uint8))
     canvas.putpalette(palette.tobytes())
-    return np.asarray(canvas.convert("RGB").reduce(factor))
+    return np.asarray(downscaled(canvas.convert("RGB"), resolution))
 
 
 def _clutter_shape(rng: np.random.Generator, kind: str) -> NDArray[np.float64]:
@@ -151,7 +142,7 @@ def _clutter(rng: np.random.Generator, resolution: int, palette: Palette, kind: 
         opacity = int(rng.integers(60, 140)) if kind == "bokeh" else 255
         ink = (*(int(v) for v in colour.clip(0, 255)), opacity)
         pen.polygon(np.floor(outline * size).astype(np.int64).ravel().tolist(), fill=ink)
-    return np.asarray(canvas.reduce(factor))
+    return np.asarray(downscaled(canvas, resolution))
 
 
 def _hills(rng: np.random.Generator, resolution: int, palette: Palette) -> Picture:
@@ -171,7 +162,7 @@ def _hills(rng: np.random.Generator, resolution: int, palette: Palette) -> Pictu
         colour = palette[3 - ridge % 2 * 2].astype(np.float64) * (1.1 - 0.15 * ridge)
         ink = tuple(int(v) for v in colour.clip(0, 255))
         pen.polygon(np.floor(outline * size).astype(np.int64).ravel().tolist(), fill=ink)
-    return np.asarray(canvas.reduce(factor))
+    return np.asarray(downscaled(canvas, resolution))
 
 
 _KINDS: dict[str, Callable[[np.random.Generator, int, Palette], Picture]] = {
@@ -186,16 +177,15 @@ _KINDS: dict[str, Callable[[np.random.Generator, int, Palette], Picture]] = {
 }
 
 
-def draw_background(rng: np.random.Generator, resolution: int, avoid: NDArray[np.float64]) -> tuple[Picture, str]:
+def draw_background(rng: np.random.Generator, resolution: int) -> tuple[Picture, str]:
     """A background ``[R, R, 3]`` and its kind.
 
     Args:
         rng: decides everything; the same generator state gives the same background at any resolution.
         resolution: side of the picture in pixels.
-        avoid: ``[3]`` in 0..255; palettes with a mean close to it are drawn again.
     """
     kind = list(_KINDS)[rng.integers(len(_KINDS))]
-    palette = draw_palette(rng, avoid)
+    palette = draw_palette(rng)
     picture = _KINDS[kind](rng, resolution, palette).astype(np.int32)
     # Mottled light on all of them: no background is flat enough to be told by its flatness.
     light = smooth_noise(rng, resolution, 4, 3) - 128
