@@ -1,9 +1,9 @@
 """A plain and slow FurryGAN, read from the papers: what `models/` is tested and timed against.
 
-Nothing here comes from `models/`. The functions take their numbers from a module's named parameters and compute
-everything the long way: per-sample weights, zeros inserted before filtering, loops over stddev groups. They calculate
-in the dtype of their input, so that float64 latents or images give a float64 answer, and gradients reach the
-parameters.
+Nothing here comes from `models/` or `pipeline/`. The functions take their numbers from a module's named parameters and
+compute everything the long way: per-sample weights, zeros inserted before filtering, loops over stddev groups, the
+discriminator once for each minibatch. They calculate in the dtype of their input, so that float64 latents or images
+give a float64 answer, and gradients reach the parameters.
 
 Layers: Karras et al. 2018 (equalised scale, minibatch stddev) and 2020 (modulation, resampling); networks: FurryGAN.
 """
@@ -90,6 +90,80 @@ def reference_discriminator(
     logits = [_judge_minibatch(parameters, minibatch) for minibatch in minibatches]
     features = _features_at_mask_resolution(parameters, images)
     return ReferenceJudgement(torch.cat(logits), mask_predictor(_below(parameters, "mask_predictor"), features))
+
+
+def reference_mask_prediction(discriminator: nn.Module, images: Tensor) -> Tensor:
+    """``D_m`` alone, ``[n, 3, R, R] -> [n, 1, 16, 16]``."""
+    parameters = _parameters(discriminator, images.dtype)
+    return mask_predictor(_below(parameters, "mask_predictor"), _features_at_mask_resolution(parameters, images))
+
+
+def reference_d_main(
+    generator: nn.Module, discriminator: nn.Module, images: Tensor, z: Tensor, noise: Tensor, fade_in: float
+) -> dict[str, Tensor]:
+    """Terms of Eqs. 4 and 11 for B real images and B latents: real and dual fake judged apart."""
+    half = len(z) // 2
+    with torch.no_grad():
+        made = reference_generator(generator, z, noise, fade_in, half)
+    real = reference_discriminator(discriminator, images)
+    fake = reference_discriminator(discriminator, torch.cat([made.composite, made.foreground[half:]]))
+    target = down(made.mask[:half])
+    from_composite = fake.mask_pred[:half]
+    from_foreground = reference_mask_prediction(discriminator, made.foreground[:half])
+    return {
+        "adversarial": torch.log1p((-real.logits).exp()).mean() + torch.log1p(fake.logits.exp()).mean(),
+        "prediction": (from_composite - target).square().mean() / 2 + (from_foreground - target).square().mean() / 2,
+    }
+
+
+def reference_d_r1(discriminator: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Squared norm of the slope at real images, mean over the batch, without gamma / 2 (Mescheder et al. 2018)."""
+    images = images.detach().clone().requires_grad_()
+    logits = reference_discriminator(discriminator, images).logits
+    (slope,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return {"r1": slope.square().sum(dim=(1, 2, 3)).mean()}
+
+
+def reference_g_main(
+    generator: nn.Module,
+    discriminator: nn.Module,
+    z: Tensor,
+    noise: Tensor,
+    fade_in: float,
+    *,
+    phi1: float,
+    phi2: float,
+    area_over_batch: bool = False,
+) -> dict[str, Tensor]:
+    """All terms of Eqs. 5 to 10 and 12 for B latents."""
+    half = len(z) // 2
+    out = reference_generator(generator, z, noise, fade_in, half)
+    dual = reference_discriminator(discriminator, torch.cat([out.composite, out.foreground[half:]]))
+    from_composite = dual.mask_pred[:half]
+    from_foreground = reference_mask_prediction(discriminator, out.foreground[:half].detach())
+    area = out.mask_coarse.mean(dim=(1, 2, 3))
+    fine = (out.mask - out.mask_coarse)[:half].clip(0.0, 1.0).mean(dim=(1, 2, 3))
+    m, x_fg, x_bg = out.mask[:half], out.foreground[:half].detach(), out.background
+    return {
+        "adversarial": torch.log1p((-dual.logits).exp()).mean(),
+        "binarization": torch.where(out.mask_coarse < 0.5, out.mask_coarse, 1.0 - out.mask_coarse).mean(),
+        "area": hinge(phi1 - area.mean()) if area_over_batch else hinge(phi1 - area).mean(),
+        "fine": hinge(fine - phi2).mean(),
+        "consistency": (from_foreground.detach() - from_composite).square().mean(),
+        "participation": (x_fg * m + (1.0 - m) * x_bg.detach() - x_bg).square().mean(),
+    }
+
+
+def down(mask: Tensor) -> Tensor:
+    """Bilinear resize to 16x16 at a whole factor: the mean of the two by two pixels in the middle of each cell."""
+    factor = mask.shape[-1] // MASK_RESOLUTION
+    cells = mask.reshape(len(mask), 1, MASK_RESOLUTION, factor, MASK_RESOLUTION, factor)
+    middle = slice(factor // 2 - 1, factor // 2 + 1)
+    return cells[:, :, :, middle][..., middle].mean(dim=(3, 5))
+
+
+def hinge(x: Tensor) -> Tensor:
+    return x.clip(min=0.0)
 
 
 def upfirdn2d(

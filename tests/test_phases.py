@@ -1,15 +1,14 @@
 """Phases compute the papers' losses on the right halves, move the right parameters, and are due when they should be.
 
-The expected values come from `reference.py` in float64 and from the equations written out below.
+The expected values come from `reference.py` in float64, where the equations are written out.
 """
 
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from conftest import RESOLUTION, assert_gradients_agree, gradients
-from reference import reference_discriminator, reference_generator
+from reference import reference_d_main, reference_d_r1, reference_g_main
 from torch import Tensor
 
 from models.discriminator import Discriminator
@@ -40,55 +39,27 @@ def make_step(networks: Networks, config: LossConfig = DISTINCT, iteration: int 
     return Step(networks, config, iteration, images, given)
 
 
-def down(mask: Tensor) -> Tensor:
-    """Bilinear 32 -> 16: the mean of each 2x2."""
-    return F.avg_pool2d(mask, 2)
-
-
-def hinge(x: Tensor) -> Tensor:
-    return x.clip(min=0.0)
-
-
 def slow_d_main(step: Step) -> dict[str, Tensor]:
-    """Eqs. 4 and 11: real and fake judged apart; the masks' own images predicted apart, too."""
     assert step.draw is not None
-    with torch.no_grad():
-        fake = reference_generator(
-            step.networks.generator, step.draw.z.double(), step.draw.noise.double(), step.fade_in, HALF
-        )
-    network = step.networks.discriminator
-    real = reference_discriminator(network, step.images.double()).logits
-    dual = reference_discriminator(network, torch.cat([fake.composite, fake.foreground[HALF:]])).logits
-    target = down(fake.mask[:HALF])
-    from_composite = reference_discriminator(network, fake.composite).mask_pred
-    from_foreground = reference_discriminator(network, fake.foreground[:HALF]).mask_pred
-    return {
-        "adversarial": torch.log1p((-real).exp()).mean() + torch.log1p(dual.exp()).mean(),
-        "prediction": (from_composite - target).square().mean() / 2 + (from_foreground - target).square().mean() / 2,
-    }
+    z, noise = step.draw.z.double(), step.draw.noise.double()
+    networks = step.networks
+    return reference_d_main(networks.generator, networks.discriminator, step.images.double(), z, noise, step.fade_in)
 
 
 def slow_g_main(step: Step) -> dict[str, Tensor]:
-    """Eqs. 5 to 10 and 12, all terms."""
     assert step.draw is not None
-    out = reference_generator(
-        step.networks.generator, step.draw.z.double(), step.draw.noise.double(), step.fade_in, HALF
+    z, noise = step.draw.z.double(), step.draw.noise.double()
+    networks, config = step.networks, step.config
+    return reference_g_main(
+        networks.generator,
+        networks.discriminator,
+        z,
+        noise,
+        step.fade_in,
+        phi1=config.phi1,
+        phi2=config.phi2,
+        area_over_batch=config.area_over_batch,
     )
-    network, config = step.networks.discriminator, step.config
-    dual = reference_discriminator(network, torch.cat([out.composite, out.foreground[HALF:]])).logits
-    from_composite = reference_discriminator(network, out.composite).mask_pred
-    from_foreground = reference_discriminator(network, out.foreground[:HALF].detach()).mask_pred
-    area = out.mask_coarse.mean(dim=(1, 2, 3))
-    fine = (out.mask - out.mask_coarse)[:HALF].clip(0.0, 1.0).mean(dim=(1, 2, 3))
-    m, x_fg, x_bg = out.mask[:HALF], out.foreground[:HALF].detach(), out.background
-    return {
-        "adversarial": torch.log1p((-dual).exp()).mean(),
-        "binarization": torch.where(out.mask_coarse < 0.5, out.mask_coarse, 1.0 - out.mask_coarse).mean(),
-        "area": hinge(config.phi1 - area.mean()) if config.area_over_batch else hinge(config.phi1 - area).mean(),
-        "fine": hinge(fine - config.phi2).mean(),
-        "consistency": (from_foreground.detach() - from_composite).square().mean(),
-        "participation": (x_fg * m + (1.0 - m) * x_bg.detach() - x_bg).square().mean(),
-    }
 
 
 def assert_terms_agree(result: PhaseResult, expected: dict[str, Tensor]) -> None:
@@ -137,12 +108,9 @@ def test_d_main_reports_the_share_of_right_judgements(networks: Networks) -> Non
 def test_d_r1_equals_the_slow_gradient_penalty(networks: Networks) -> None:
     step = make_step(networks)
     result = d_r1(step)
-    images = step.images.double().requires_grad_()
-    logits = reference_discriminator(networks.discriminator, images).logits
-    (slope,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    penalty = slope.square().sum(dim=(1, 2, 3)).mean()
-    assert_terms_agree(result, {"r1": penalty})
-    total = 3.0 / 2 * 16 * penalty
+    expected = reference_d_r1(networks.discriminator, step.images.double())
+    assert_terms_agree(result, expected)
+    total = 3.0 / 2 * 16 * expected["r1"]
     assert result.loss.item() == pytest.approx(total.item(), rel=1e-4)
     assert_gradients_agree(gradients(result.loss, networks.discriminator), gradients(total, networks.discriminator))
 

@@ -15,7 +15,7 @@ Palette = NDArray[np.uint8]  # [NUM_COLOURS, 3]
 NUM_COLOURS = 4
 GRID = 4096  # integer coordinates: stripes fall on the same side of a boundary on every machine
 
-# Colours of nature; the furs are drawn from them too, so colour alone does not tell fur from background.
+# Colours of nature; furs take their hues from them too, so hue does not tell fur from ground.
 NATURAL_COLOURS: tuple[tuple[int, int, int], ...] = (
     (118, 84, 56),  # brown
     (205, 122, 56),  # ginger
