@@ -45,12 +45,12 @@ def any_colour(rng: np.random.Generator, natural: float) -> NDArray[np.float64]:
 
 
 def draw_palette(rng: np.random.Generator) -> Palette:
-    """Light colours, as of snow, sand, sky and paper: two of a kind, and two free ones."""
+    """Muted colours around mid-grey, as of what is out of focus: two of a kind, and two free ones."""
     base = any_colour(rng, natural=0.45)
     near = np.clip(base * rng.uniform(0.5, 1.5) + rng.uniform(-20, 20, 3), 0, 255)
     other = any_colour(rng, natural=0.45)
     mixed = base + (other - base) * rng.uniform(0.2, 0.8)
-    return np.asarray((np.stack([base, near, mixed, other]) * 0.36 + 148).round(), np.uint8)
+    return np.asarray((np.stack([base, near, mixed, other]) * 0.36 + 95).round(), np.uint8)
 
 
 def _scaled(grid: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
