@@ -7,7 +7,7 @@
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
@@ -252,6 +252,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "compcars": _unaligned(phi1=0.2),
 }
 """Overrides of the defaults by dataset; the defaults are the paper's for aligned data at 256 px."""
+
+
+def preset(dataset: str, **overrides: Any) -> Config:
+    """A preset with some top-level fields overridden: `config_io.config_from_dict` for where pydantic is not at hand.
+
+    Raises:
+        UserError: the preset is unknown, or a value is impossible.
+    """
+    values = PRESETS.get(dataset, {}) | {"dataset": dataset} | overrides
+    sections = {f.name: f.default_factory for f in fields(Config) if f.default_factory is not MISSING}
+    made = {k: sections[k](**v) if isinstance(v, dict) else v for k, v in values.items()}
+    return Config(**made)
 
 
 def _bounded_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, float, Bounds]]:

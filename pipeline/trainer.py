@@ -1,6 +1,5 @@
-"""The training loop: networks, optimizers, loader and the step; what is seen of it is left to callbacks."""
+"""The training loop: a learner, its data and its gradient synchronisation; what is seen of it is left to callbacks."""
 
-import copy
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -8,28 +7,19 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from data_shards.loader import Loader
 from data_shards.order import rank_slots
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
-from models.widths import Widths
 from pipeline.config import Config
-from pipeline.distributed import global_batch_mean
+from pipeline.learner import Learner
 from pipeline.metrics import MetricMeter
-from pipeline.phases import Networks, Phase, PhaseResult, Step, training_phases
-from pipeline.randomness import draw
-from pipeline.schedules import ema_decay, is_due, linear_ramp
+from pipeline.phases import Networks, Phase, PhaseResult
+from pipeline.schedules import is_due, linear_ramp
 
 CHECKPOINT_VERSION = 1
-G_LAZY_RATIO = 4 / 5
-"""The authors' script scales G's Adam as if path-length regularisation ran every 4 steps, though it has none."""
-
-
-class NonFiniteLossError(UserError):
-    """A loss term became NaN or infinite; raised before the optimizer step."""
 
 
 class Callback(Protocol):
@@ -47,9 +37,7 @@ class Trainer:
 
     Attributes:
         iteration: iterations done.
-        generator: G, bare.
-        discriminator: D, bare.
-        ema: exponential moving average of G, with its truncation centres.
+        learner: networks and optimizers.
         meter: what the phases measured since it was last read.
         seconds_waiting: time spent waiting for data.
 
@@ -63,33 +51,37 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator
         self.loader = loader
-        self.phases = training_phases(config.loss)
         self.meter = MetricMeter()
         self.iteration = 0
         self.seconds_waiting = 0.0
-
-        torch.manual_seed(config.seed)
-        widths = Widths(config.model.channel_base, config.model.channel_max)
-        self.generator = FurryGenerator(
-            config.resolution, widths, z_dim=config.model.z_dim, z_dim_background=config.model.z_dim_background
-        ).to(accelerator.device)
-        self.discriminator = Discriminator(config.resolution, widths).to(accelerator.device)
-        self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        d_lazy_ratio = config.loss.r1_interval / (config.loss.r1_interval + 1)
-        self.networks, self.optimizers = self._prepare(
-            _adam(self.generator, config.optimizer.learning_rate, G_LAZY_RATIO),
-            _adam(self.discriminator, config.optimizer.learning_rate, d_lazy_ratio),
-        )
+        self.learner = Learner(config, accelerator.device)
+        self._synchronise()
         self._slots = rank_slots(config.batch, accelerator.process_index, accelerator.num_processes)
 
-    def _prepare(
-        self, adam_generator: torch.optim.Optimizer, adam_discriminator: torch.optim.Optimizer
-    ) -> tuple[Networks, dict[str, Any]]:
+    def _synchronise(self) -> None:
+        """Let accelerate average the gradients over the ranks."""
+        learner = self.learner
         generator, discriminator, *optimizers = self.accelerator.prepare(
-            self.generator, self.discriminator, adam_generator, adam_discriminator
+            learner.generator, learner.discriminator, *learner.optimizers.values()
         )
-        networks = Networks(self.generator, self.discriminator, generator, discriminator)
-        return networks, dict(zip(("generator", "discriminator"), optimizers, strict=True))
+        learner.networks = Networks(learner.generator, learner.discriminator, generator, discriminator)
+        learner.optimizers = dict(zip(learner.optimizers, optimizers, strict=True))
+        learner.backward = self.accelerator.backward
+
+    @property
+    def generator(self) -> FurryGenerator:
+        """G, bare."""
+        return self.learner.generator
+
+    @property
+    def discriminator(self) -> Discriminator:
+        """D, bare."""
+        return self.learner.discriminator
+
+    @property
+    def ema(self) -> FurryGenerator:
+        """Average of G."""
+        return self.learner.ema
 
     @property
     def images_seen(self) -> int:
@@ -119,48 +111,11 @@ class Trainer:
         start = time.perf_counter()
         images = next(self.loader).images
         self.seconds_waiting += time.perf_counter() - start
-        for phase in self.phases:
+        for phase in self.learner.phases:
             if is_due(self.iteration, phase.interval):
-                self._run(phase, images)
-        self._update_ema()
+                self._measure(phase, self.learner.run(phase, self.iteration, images, self._slots))
+        self.learner.update_ema(self.images_seen)
         self.iteration += 1
-
-    def _run(self, phase: Phase, images: Tensor) -> None:
-        self.generator.requires_grad_(phase.trains == "generator")
-        self.discriminator.requires_grad_(phase.trains == "discriminator")
-        optimizer = self.optimizers[phase.trains]
-        optimizer.zero_grad()
-        given = None
-        if phase.stream is not None:
-            given = draw(
-                self.config.seed,
-                phase.stream,
-                self.iteration,
-                self._slots,
-                z_dim=self.generator.z_dim,
-                num_noise=self.generator.num_noise,
-                device=self.accelerator.device,
-            )
-        result = phase.compute(Step(self.networks, self.config.loss, self.iteration, images, given))
-        self._check_finite(phase, result)
-        self.accelerator.backward(result.loss)
-        optimizer.step()
-        if result.generated is not None:
-            self.generator.mapping_foreground.update_average(global_batch_mean(result.generated.w_foreground))
-            self.generator.mapping_background.update_average(global_batch_mean(result.generated.w_background))
-        self._measure(phase, result)
-
-    def _check_finite(self, phase: Phase, result: PhaseResult) -> None:
-        # Weighted too: a finite term may overflow with its weight.
-        terms = [(value.detach().float(), result.weights[name]) for name, value in result.terms.items()]
-        finite = torch.stack([value.isfinite() & (weight * value).isfinite() for value, weight in terms])
-        if not finite.all():
-            broken = [name for name, ok in zip(result.terms, finite.tolist(), strict=True) if not ok]
-            raise NonFiniteLossError(
-                f"loss {' and '.join(f'{phase.name}_{name}' for name in broken)} is not finite at iteration "
-                f"{self.iteration}; its step was not taken, and the last checkpoint is whole: go on from there with a "
-                "lower --optimizer.learning-rate or a higher --loss.r1"
-            )
 
     def _measure(self, phase: Phase, result: PhaseResult) -> None:
         for name, value in result.terms.items():
@@ -170,14 +125,6 @@ class Trainer:
         parameters = getattr(self, phase.trains).parameters()
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.meter.add(f"grad_norm/{phase.name}", torch.nn.utils.get_total_norm(gradients))
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        optimizer = self.config.optimizer
-        decay = ema_decay(self.config.batch, optimizer.ema_halflife_images, self.images_seen, optimizer.ema_rampup)
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1.0 - decay)
-        for average, current in zip(self.ema.buffers(), self.generator.buffers(), strict=True):
-            average.copy_(current)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training needs to go on exactly.
@@ -193,7 +140,7 @@ class Trainer:
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.learner.optimizers.items()},
             "loader": self.loader.state_dict(),
         }
 
@@ -213,7 +160,7 @@ class Trainer:
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         self.ema.load_state_dict(state["ema"])
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.learner.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
 
 
@@ -221,10 +168,3 @@ def make_accelerator() -> Accelerator:
     """The process group and device as `accelerate launch` set them up."""
     # Every buffer is a function of what all ranks share: broadcasting them would only cost.
     return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-
-
-def _adam(network: nn.Module, learning_rate: float, lazy_ratio: float) -> torch.optim.Adam:
-    """Adam of StyleGAN2 with betas (0, 0.99), scaled for a network that takes ``1 / lazy_ratio`` steps an iteration."""
-    return torch.optim.Adam(
-        network.parameters(), lr=learning_rate * lazy_ratio, betas=(0.0, float(0.99**lazy_ratio)), fused=True
-    )

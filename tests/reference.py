@@ -134,24 +134,28 @@ def reference_g_main(
     phi1: float,
     phi2: float,
     area_over_batch: bool = False,
+    with_consistency: bool = True,
+    with_participation: bool = True,
 ) -> dict[str, Tensor]:
-    """All terms of Eqs. 5 to 10 and 12 for B latents."""
+    """Terms of Eqs. 5 to 10 and 12 for B latents; two of them are not due at every iteration."""
     half = len(z) // 2
     out = reference_generator(generator, z, noise, fade_in, half)
     dual = reference_discriminator(discriminator, torch.cat([out.composite, out.foreground[half:]]))
-    from_composite = dual.mask_pred[:half]
-    from_foreground = reference_mask_prediction(discriminator, out.foreground[:half].detach())
     area = out.mask_coarse.mean(dim=(1, 2, 3))
     fine = (out.mask - out.mask_coarse)[:half].clip(0.0, 1.0).mean(dim=(1, 2, 3))
-    m, x_fg, x_bg = out.mask[:half], out.foreground[:half].detach(), out.background
-    return {
+    terms = {
         "adversarial": torch.log1p((-dual.logits).exp()).mean(),
         "binarization": torch.where(out.mask_coarse < 0.5, out.mask_coarse, 1.0 - out.mask_coarse).mean(),
         "area": hinge(phi1 - area.mean()) if area_over_batch else hinge(phi1 - area).mean(),
         "fine": hinge(fine - phi2).mean(),
-        "consistency": (from_foreground.detach() - from_composite).square().mean(),
-        "participation": (x_fg * m + (1.0 - m) * x_bg.detach() - x_bg).square().mean(),
     }
+    if with_consistency:
+        from_foreground = reference_mask_prediction(discriminator, out.foreground[:half].detach())
+        terms["consistency"] = (from_foreground.detach() - dual.mask_pred[:half]).square().mean()
+    if with_participation:
+        m, x_fg, x_bg = out.mask[:half], out.foreground[:half].detach(), out.background
+        terms["participation"] = (x_fg * m + (1.0 - m) * x_bg.detach() - x_bg).square().mean()
+    return terms
 
 
 def down(mask: Tensor) -> Tensor:

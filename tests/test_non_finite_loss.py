@@ -20,7 +20,8 @@ from helpers import (
 
 from pipeline import losses
 from pipeline.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
-from pipeline.trainer import NonFiniteLossError, Trainer
+from pipeline.learner import NonFiniteLossError
+from pipeline.trainer import Trainer
 
 LOSSES = {
     "d_logistic": ("discriminator", "d_main_adversarial"),

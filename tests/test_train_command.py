@@ -256,6 +256,6 @@ def test_loaders_train_alike(cache: Path, tmp_path: Path) -> None:
 def test_adam_is_scaled_lazily_as_in_the_authors_script(cache: Path) -> None:
     with tiny_trainer(cache, loss={"r1_interval": 16}) as trainer:
         for network, ratio in (("generator", 4 / 5), ("discriminator", 16 / 17)):
-            (group,) = trainer.optimizers[network].param_groups
+            (group,) = trainer.learner.optimizers[network].param_groups
             assert group["lr"] == pytest.approx(0.002 * ratio)
             assert group["betas"] == pytest.approx((0.0, 0.99**ratio))
