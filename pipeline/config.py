@@ -229,7 +229,7 @@ def _furballs() -> dict[str, Any]:
     """
     return {
         "resolution": 32,
-        "steps": 3000,
+        "steps": 2000,
         "model": {"channel_base": 1024, "channel_max": 64},
         "loss": {"r1": 0.05, "phi1": 0.38, "fade_in_iterations": 1500},
         "optimizer": {"ema_rampup": 0.1},
