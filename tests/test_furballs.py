@@ -13,7 +13,7 @@ from data_shards.sample import Sample
 from data_shards.sources import furballs
 from data_shards.sources.strands import Canvas, Strands
 
-DIGEST_OF_FOUR = "7793de76017faf3120e54de344bb5c6291948a4f8699693c1a0419609997a8a3"
+DIGEST_OF_FOUR = "b2ee3eef6b380a0c0efd87b61ed0c8b701f43a56dafdf1ee3d3865eb0924c3db"
 
 
 def digest(*samples: Sample) -> str:

@@ -232,7 +232,7 @@ def test_furballs_are_drawn_once_and_again_when_broken(tmp_path: Path) -> None:
     path = furballs_shards(tmp_path, **FURBALLS)
     tar = path / "000000.tar"
     content, made = tar.read_bytes(), tar.stat().st_mtime_ns
-    assert path.name == "furballs-v2-32px-6-seed3" and ShardSet.open(path).has_alpha
+    assert path.name == "furballs-v3-32px-6-seed3" and ShardSet.open(path).has_alpha
     assert furballs_shards(tmp_path, **FURBALLS) == path and tar.stat().st_mtime_ns == made
     cut(tar, 2048)
     assert furballs_shards(tmp_path, **FURBALLS) == path and tar.read_bytes() == content
@@ -252,8 +252,8 @@ def test_two_processes_at_once_leave_one_whole_set(tmp_path: Path) -> None:
     found = {digests.get(timeout=60) for _ in processes}
     for process in processes:
         process.join()
-    assert [path.name for path in tmp_path.iterdir()] == ["furballs-v2-32px-6-seed3"]
-    assert found == {ShardSet.open(tmp_path / "furballs-v2-32px-6-seed3").digest}
+    assert [path.name for path in tmp_path.iterdir()] == ["furballs-v3-32px-6-seed3"]
+    assert found == {ShardSet.open(tmp_path / "furballs-v3-32px-6-seed3").digest}
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from data_shards.sources.strands import (
 )
 from data_shards.sources.textures import any_colour, draw_background, vary
 
-VERSION = 2
+VERSION = 3
 """Of the look: raised when the same (seed, index) draws another picture, so that no stale set is reused."""
 
 MIN_RESOLUTION, MAX_RESOLUTION = 32, 512
@@ -189,7 +189,7 @@ def _ear(kind: str, side: int) -> tuple[Points, tuple[float, float]]:
     if kind == "floppy":
         return ellipse((side * 1.02, -0.02), (0.3, 0.68), -side * 0.25), (side * 0.2, 0.9)
     if kind == "long":
-        return ellipse((side * 0.5, -1.4), (0.24, 0.8), side * 0.22), (side * 0.2, -0.9)
+        return ellipse((side * 0.5, -1.15), (0.32, 0.62), side * 0.22), (side * 0.2, -0.9)
     corners = np.array([[0.22, -0.72], [0.5, -1.2], [0.82, -1.5], [1.0, -1.05], [1.02, -0.3], [0.6, -0.4]])
     at = np.arange(24) / 4
     outline = np.stack([np.interp(at, np.arange(7), np.append(c, c[0])) for c in corners.T], -1)
@@ -207,16 +207,14 @@ def _draw_ears(canvas: Canvas, creature: Creature, rng: np.random.Generator, den
 
 
 def _draw_body(canvas: Canvas, creature: Creature, rng: np.random.Generator, density: float) -> None:
-    """What is behind or below the head: a chest that leaves the picture, feet, or a sitting body with a tail."""
+    """What is behind or below the head: a chest that leaves the picture, feet, or a sitting body."""
     parts: list[tuple[Points, tuple[float, float], float]] = []
     if creature.pose == "ball":
         parts = [(ellipse((side * 0.42, 0.98), (0.3, 0.2)), (0.0, 0.4), 0.4) for side in (-1, 1)]
     elif creature.pose == "portrait":
         parts = [(ellipse((0.0, 1.75), (1.0, 1.25), n=NUM_OUTLINE_POINTS), (0.0, 1.0), 1.1)]
     else:
-        side = 1 if creature.tilt > 0 else -1
         parts = [
-            (ellipse((side * 1.3, 1.7), (0.26, 0.85), side * 0.45), (side * 0.3, -0.6), 1.5),
             (ellipse((0.0, 1.55), (1.02, 1.2), n=NUM_OUTLINE_POINTS), (0.0, 1.0), 1.0),
             (ellipse((-0.45, 2.55), (0.36, 0.24)), (0.0, 0.6), 0.4),
             (ellipse((0.45, 2.55), (0.36, 0.24)), (0.0, 0.6), 0.4),
