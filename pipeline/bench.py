@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from data_shards.errors import UserError
 from pipeline.config import PRESETS, Config, preset
 from pipeline.learner import Learner
-from pipeline.phases import Phase
+from pipeline.phases import Phase, generator_weights
 from pipeline.randomness import draw
 from pipeline.schedules import is_due, linear_ramp
 
@@ -156,17 +156,7 @@ class Plain:
             with_consistency=iteration >= loss.consistency_start and is_due(iteration, loss.consistency_interval),
             with_participation=is_due(iteration, loss.participation_interval),
         )
-        weights = {
-            "adversarial": 1.0,
-            "binarization": linear_ramp(
-                iteration, loss.binarization_start, loss.binarization_end, loss.binarization_iterations
-            ),
-            "area": loss.area,
-            "fine": loss.fine,
-            "consistency": loss.consistency,
-            "participation": loss.participation,
-        }
-        return terms, weights
+        return terms, generator_weights(loss, iteration)
 
     def update_ema(self, images_seen: int) -> None:
         del images_seen

@@ -173,19 +173,24 @@ def g_main(step: Step) -> PhaseResult:
         terms["participation"] = losses.background_participation(out.foreground[:half], out.background, out.mask[:half])
     return PhaseResult(
         terms=terms,
-        weights={
-            "adversarial": 1.0,
-            "binarization": linear_ramp(
-                iteration, config.binarization_start, config.binarization_end, config.binarization_iterations
-            ),
-            "area": config.area,
-            "fine": config.fine,
-            "consistency": config.consistency,
-            "participation": config.participation,
-        },
+        weights=generator_weights(config, iteration),
         observed=_mask_statistics(out),
         generated=out,
     )
+
+
+def generator_weights(config: LossConfig, iteration: int) -> dict[str, float]:
+    """Weights of the terms of `g_main` (Eqs. 8 and 12)."""
+    return {
+        "adversarial": 1.0,
+        "binarization": linear_ramp(
+            iteration, config.binarization_start, config.binarization_end, config.binarization_iterations
+        ),
+        "area": config.area,
+        "fine": config.fine,
+        "consistency": config.consistency,
+        "participation": config.participation,
+    }
 
 
 @torch.no_grad()
