@@ -58,13 +58,14 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        gain = math.sqrt(0.5)
         self.conv1 = EqualizedConv2d(in_channels, in_channels, 3)
-        self.conv2 = EqualizedConv2d(in_channels, out_channels, 3, downsample=True)
-        self.skip = EqualizedConv2d(in_channels, out_channels, 1, downsample=True, activate=False)
+        self.conv2 = EqualizedConv2d(in_channels, out_channels, 3, downsample=True, gain=gain)
+        self.skip = EqualizedConv2d(in_channels, out_channels, 1, downsample=True, activate=False, gain=gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv2(self.conv1(x)) + self.skip(x)
-        return out / math.sqrt(2.0)
+        out: Tensor = self.skip(x).add_(self.conv2(self.conv1(x)))
+        return out
 
 
 class MaskPredictor(nn.Module):
@@ -76,12 +77,13 @@ class MaskPredictor(nn.Module):
 
     def __init__(self, in_channels: int, num_channels: int = 32) -> None:
         super().__init__()
+        gain = math.sqrt(0.5)
         self.conv1 = EqualizedConv2d(in_channels, in_channels, 1)
-        self.conv2 = EqualizedConv2d(in_channels, num_channels, 1)
-        self.skip = EqualizedConv2d(in_channels, num_channels, 1, activate=False)
+        self.conv2 = EqualizedConv2d(in_channels, num_channels, 1, gain=gain)
+        self.skip = EqualizedConv2d(in_channels, num_channels, 1, activate=False, gain=gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        x = (self.conv2(self.conv1(features)) + self.skip(features)) / math.sqrt(2.0)
+        x = self.skip(features).add_(self.conv2(self.conv1(features)))
         return ops.min_max(torch.relu(x).float().mean(dim=1, keepdim=True))
 
 
@@ -126,8 +128,7 @@ class Discriminator(nn.Module):
         features = self._features16(images)
         x = self.blocks_to_logits(features[: sum(judged)])
         x = self.final_conv(torch.cat([minibatch_stddev(part) for part in x.split(list(judged))]))
-        with torch.autocast(x.device.type, enabled=False):  # float32: the losses' precision
-            logits = self.final_linear(x.float().flatten(1))
+        logits = self.final_linear(x.flatten(1))
         return DiscriminatorOutput(logits=logits, mask_pred=self.mask_predictor(features))
 
     def predict_mask(self, images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from models import ops
 
 
 class EqualizedLinear(nn.Module):
-    """Linear layer, ``[B, I] -> [B, O]``.
+    """Linear layer, ``[B, I] -> [B, O]``, never in half precision: styles and logits need more, and cost little.
 
     Args:
         in_features: I.
@@ -41,8 +41,9 @@ class EqualizedLinear(nn.Module):
         self.activate = activate
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x, self.weight * self.scale, self.bias * self.bias_scale)
-        return ops.leaky_relu(x) if self.activate else x
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.linear(x.to(self.weight.dtype), self.weight * self.scale, self.bias * self.bias_scale)
+        return ops.leaky_relu_(x) if self.activate else x
 
 
 class EqualizedConv2d(nn.Module):
@@ -54,6 +55,7 @@ class EqualizedConv2d(nn.Module):
         kernel_size: 1 or 3. A 3x3 convolution without stride pads by reflection, as the authors' script does.
         downsample: blur and halve the resolution.
         activate: add a bias and apply leaky ReLU with gain sqrt(2); without it the layer is linear and has no bias.
+        gain: factor on the output.
     """
 
     def __init__(
@@ -64,11 +66,12 @@ class EqualizedConv2d(nn.Module):
         *,
         downsample: bool = False,
         activate: bool = True,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if activate else None
-        self.gain = ops.ACTIVATION_GAIN if activate else 1.0
+        self.gain = gain * (ops.ACTIVATION_GAIN if activate else 1.0)
         self.scale = self.gain / math.sqrt(in_channels * kernel_size**2)
         self.downsample = downsample
 
@@ -80,7 +83,7 @@ class EqualizedConv2d(nn.Module):
         else:
             margin = weight.shape[-1] // 2
             x = F.conv2d(F.pad(x, [margin] * 4, mode="reflect") if margin else x, weight, bias)
-        return x if bias is None else ops.leaky_relu(x)
+        return x if bias is None else ops.leaky_relu_(x)
 
 
 class ModulatedConv2d(nn.Module):
@@ -153,7 +156,7 @@ class StyledConv(nn.Module):
         x = self.conv(x, w)
         noise = noise * (self.noise_strength * ops.ACTIVATION_GAIN)
         bias = self.bias[:, None, None] * ops.ACTIVATION_GAIN
-        return ops.leaky_relu(x + noise.to(x.dtype) + bias.to(x.dtype))
+        return ops.leaky_relu_(x.add_(noise).add_(bias))
 
 
 class ToRGB(nn.Module):

@@ -4,7 +4,9 @@ The filter is StyleGAN2's ``[1, 3, 3, 1]`` (Karras et al. 2020), applied as a de
 extension, and `torch.autograd` knows both of its derivatives, which lazy R1 needs.
 """
 
+import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,11 +14,6 @@ from torch import Tensor
 
 LEAKY_SLOPE = 0.2
 ACTIVATION_GAIN = math.sqrt(2.0)
-
-
-def _binomial_filter(x: Tensor) -> Tensor:
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8.0
-    return torch.outer(taps, taps)
 
 
 def blur(x: Tensor, *, padding: int, stride: int = 1, gain: float = 1.0) -> Tensor:
@@ -31,9 +28,52 @@ def blur(x: Tensor, *, padding: int, stride: int = 1, gain: float = 1.0) -> Tens
     Returns:
         ``[B, C, (H + 2 padding - 4) // stride + 1, ...]``.
     """
-    channels = x.shape[1]
-    kernel = (_binomial_filter(x) * gain).expand(channels, 1, 4, 4)
-    return F.conv2d(x, kernel, stride=stride, padding=padding, groups=channels)
+    y: Tensor = _Blur.apply(x, padding, stride, gain)
+    return y
+
+
+class _Blur(torch.autograd.Function):
+    """A linear map and, below, its adjoint: each is the other's derivative, of any order.
+
+    torch's own second derivative of a depthwise convolution loops over the channels, which was most of R1's time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, padding: int, stride: int, gain: float) -> Tensor:
+        ctx.size, ctx.geometry = x.shape[2:], (padding, stride, gain)
+        return F.conv2d(x, _kernel(x, gain), stride=stride, padding=padding, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _BlurAdjoint.apply(gradients[0], ctx.size, *ctx.geometry), None, None, None
+
+
+class _BlurAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, size: torch.Size, padding: int, stride: int, gain: float) -> Tensor:
+        ctx.geometry = (padding, stride, gain)
+        kernel, channels = _kernel(y, gain), y.shape[1]
+        if stride == 1:  # the kernel is symmetric, and CPUs transpose depthwise convolutions slowly
+            return F.conv2d(y, kernel, padding=3 - padding, groups=channels)
+        left_over = [n - ((m - 1) * stride + 4 - 2 * padding) for n, m in zip(size, y.shape[2:], strict=True)]
+        return F.conv_transpose2d(
+            y, kernel, stride=stride, padding=padding, output_padding=left_over, groups=channels
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _Blur.apply(gradients[0], *ctx.geometry), None, None, None, None
+
+
+def _kernel(like: Tensor, gain: float) -> Tensor:
+    """``[C, 1, 4, 4]``."""
+    return _binomial_filter(like.dtype, like.device, gain).expand(like.shape[1], 1, 4, 4)
+
+
+@functools.cache  # a new constant at every call would be a copy from host to device, for which the host waits
+def _binomial_filter(dtype: torch.dtype, device: torch.device, gain: float) -> Tensor:
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=dtype, device=device) / 8.0
+    return torch.outer(taps, taps) * gain
 
 
 def upsample_conv2d(x: Tensor, weight: Tensor) -> Tensor:
@@ -67,14 +107,14 @@ def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return F.conv2d(blur(x, padding=2), weight, bias, stride=2)
 
 
-def leaky_relu(x: Tensor) -> Tensor:
-    """Leaky ReLU of slope 0.2.
+def leaky_relu_(x: Tensor) -> Tensor:
+    """Leaky ReLU of slope 0.2, in place.
 
     StyleGAN2 multiplies its output by `ACTIVATION_GAIN`, which keeps the variance of a unit normal near 1. Leaky ReLU
     commutes with a positive factor, so the layers put the gain on their weights and biases: a pass over the
     activations saved.
     """
-    return F.leaky_relu(x, LEAKY_SLOPE)
+    return F.leaky_relu(x, LEAKY_SLOPE, inplace=True)
 
 
 def min_max(x: Tensor, eps: float = 1e-10) -> Tensor:

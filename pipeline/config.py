@@ -29,6 +29,7 @@ Share = Annotated[float, Bounds(0, 1)]
 Count = Annotated[int, Bounds(1)]
 CountOrZero = Annotated[int, Bounds(0)]
 Positive = Annotated[float, Bounds(1e-12, sys.float_info.max)]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class _Section:
@@ -164,6 +165,8 @@ class Config(_Section):
     """How many furballs to draw when there is no --data."""
     cache_dir: Path = Path("shards")
     """Where furballs and fitted segmenters are kept between runs."""
+    precision: Precision = "auto"
+    """Of convolutions; auto: bf16 on GPUs that have it, else fp32. Statistics, R1, losses and Adam are always fp32."""
     num_threads: CountOrZero = 0
     """CPU threads of a process; 0 shares the cores among the processes of this machine."""
     model: ModelConfig = field(default_factory=ModelConfig)

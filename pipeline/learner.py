@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,18 +13,15 @@ from data_shards.errors import UserError
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from models.widths import Widths
-from pipeline.config import Config
+from pipeline.config import Config, Precision
 from pipeline.distributed import global_batch_mean
+from pipeline.finite_guard import FiniteGuard
 from pipeline.phases import Networks, Phase, PhaseResult, Step, training_phases
 from pipeline.randomness import draw
 from pipeline.schedules import ema_decay
 
 G_LAZY_RATIO = 4 / 5
 """The authors' script scales G's Adam as if path-length regularisation ran every 4 steps, though it has none."""
-
-
-class NonFiniteLossError(UserError):
-    """A loss term became NaN or infinite; raised before the optimizer step."""
 
 
 class Learner:
@@ -37,6 +35,7 @@ class Learner:
         optimizers: Adam by network, "generator" and "discriminator".
         phases: of an iteration, in order.
         backward: computes gradients from a loss; gradient synchronisation puts its own in place.
+        guard: keeps the optimizers from a step with what is not finite.
 
     Args:
         config: sizes, losses, optimizers and seed.
@@ -62,11 +61,15 @@ class Learner:
             "discriminator": _adam(self.discriminator, config.optimizer.learning_rate, d_lazy_ratio),
         }
         self.backward: Callable[[Tensor], None] = torch.Tensor.backward
+        self.guard = FiniteGuard(device)
+        for optimizer in self.optimizers.values():
+            optimizer.found_inf = self.guard.tripped  # type: ignore[attr-defined]
+        self._bfloat16 = uses_bfloat16(config.precision, device)
 
     def run(
         self, phase: Phase, iteration: int, images: Tensor, slots: Sequence[int] | NDArray[np.int64]
     ) -> PhaseResult:
-        """One optimizer step of one phase.
+        """One optimizer step of one phase; the norm of its gradient joins what was observed.
 
         Args:
             phase: one of `phases`.
@@ -75,7 +78,8 @@ class Learner:
             slots: the B positions of this rank's samples in the global batch.
 
         Raises:
-            NonFiniteLossError: a loss term is NaN or infinite; nothing was changed.
+            NonFiniteLossError: a loss term is NaN or infinite; nothing was changed since. On a GPU, the next steps
+                may raise for this one.
         """
         self.generator.requires_grad_(phase.trains == "generator")
         self.discriminator.requires_grad_(phase.trains == "discriminator")
@@ -85,14 +89,19 @@ class Learner:
         if phase.stream is not None:
             sizes = {"z_dim": self.generator.z_dim, "num_noise": self.generator.num_noise}
             given = draw(self._config.seed, phase.stream, iteration, slots, **sizes, device=self._device)
-        result = phase.compute(Step(self.networks, self._config.loss, iteration, images, given))
-        _check_finite(phase, iteration, result)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16 and phase.autocast):
+            result = phase.compute(Step(self.networks, self._config.loss, iteration, images, given))
         self.backward(result.loss)
+        network = getattr(self, phase.trains)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+        # Weighted: a finite term may overflow with its weight.
+        losses = {f"{phase.name}_{name}": result.weights[name] * value for name, value in result.terms.items()}
+        self.guard.watch(phase.name, iteration, losses, norm)
         optimizer.step()
         if result.generated is not None:
             self.generator.mapping_foreground.update_average(global_batch_mean(result.generated.w_foreground))
             self.generator.mapping_background.update_average(global_batch_mean(result.generated.w_background))
-        return result
+        return replace(result, observed={**result.observed, f"grad_norm/{phase.name}": norm})
 
     @torch.no_grad()
     def update_ema(self, images_seen: int) -> None:
@@ -115,14 +124,14 @@ def _adam(network: nn.Module, learning_rate: float, lazy_ratio: float) -> torch.
     )
 
 
-def _check_finite(phase: Phase, iteration: int, result: PhaseResult) -> None:
-    # Weighted too: a finite term may overflow with its weight.
-    terms = [(value.detach().float(), result.weights[name]) for name, value in result.terms.items()]
-    finite = torch.stack([value.isfinite() & (weight * value).isfinite() for value, weight in terms])
-    if not finite.all():
-        broken = [name for name, ok in zip(result.terms, finite.tolist(), strict=True) if not ok]
-        raise NonFiniteLossError(
-            f"loss {' and '.join(f'{phase.name}_{name}' for name in broken)} is not finite at iteration {iteration}; "
-            "its step was not taken, and the last checkpoint is whole: go on from there with a lower "
-            "--optimizer.learning-rate or a higher --loss.r1"
-        )
+def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
+    """Whether convolutions are computed in bfloat16.
+
+    Raises:
+        UserError: it was asked for where the device cannot.
+    """
+    # CUDA emulates bfloat16 on older GPUs: correct, and slower than float32.
+    able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and not able:
+        raise UserError(f"precision bf16 is not for {torch.cuda.get_device_name(device)}: give --precision fp32")
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and able)

@@ -122,9 +122,6 @@ class Trainer:
             self.meter.add(f"loss/{phase.name}_{name}", value)
         for name, value in result.observed.items():
             self.meter.add(name, value)
-        parameters = getattr(self, phase.trains).parameters()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self.meter.add(f"grad_norm/{phase.name}", torch.nn.utils.get_total_norm(gradients))
 
     def state_dict(self) -> dict[str, Any]:
         """All that training needs to go on exactly.

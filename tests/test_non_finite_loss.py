@@ -20,7 +20,7 @@ from helpers import (
 
 from pipeline import losses
 from pipeline.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
-from pipeline.learner import NonFiniteLossError
+from pipeline.finite_guard import NonFiniteLossError
 from pipeline.trainer import Trainer
 
 LOSSES = {

@@ -111,8 +111,8 @@ def test_slow_reference_upfirdn2d_agrees_with_scipy(
 def test_leaky_relu_lets_a_fifth_of_the_negative_through() -> None:
     # The gain of sqrt(2) may sit here or in the layers before: test_models.py holds the layers to it.
     x = torch.tensor([0.0, 1.0, 10.0], dtype=torch.float64)
-    agrees(ops.leaky_relu(-x), -0.2 * ops.leaky_relu(x))
-    agrees(ops.leaky_relu(x), ops.leaky_relu(torch.ones_like(x)) * x)
+    agrees(ops.leaky_relu_(-x), -0.2 * ops.leaky_relu_(x.clone()))
+    agrees(ops.leaky_relu_(x.clone()), ops.leaky_relu_(torch.ones_like(x)) * x)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -170,7 +170,7 @@ def _modulated(demodulate: bool, upsample: bool) -> Callable[..., Tensor]:
 
 
 def _leaky_relu_off_zero(x: Tensor) -> Tensor:
-    return ops.leaky_relu(torch.where(x < 0, x - 0.1, x + 0.1))
+    return ops.leaky_relu_(torch.where(x < 0, x - 0.1, x + 0.1))
 
 
 MODULATED = [(3, 2, 3, 3), (2, 3)]
