@@ -56,9 +56,7 @@ class _BlurAdjoint(torch.autograd.Function):
         if stride == 1:  # the kernel is symmetric, and CPUs transpose depthwise convolutions slowly
             return F.conv2d(y, kernel, padding=3 - padding, groups=channels)
         left_over = [n - ((m - 1) * stride + 4 - 2 * padding) for n, m in zip(size, y.shape[2:], strict=True)]
-        return F.conv_transpose2d(
-            y, kernel, stride=stride, padding=padding, output_padding=left_over, groups=channels
-        )
+        return F.conv_transpose2d(y, kernel, stride=stride, padding=padding, output_padding=left_over, groups=channels)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -1,131 +1,108 @@
 """How fast a training step is, and how much of what the arithmetic allows.
 
-python pipeline/bench.py                                       # the default run, on this machine
-python pipeline/bench.py --dataset ffhq --batch 16 64          # the paper's networks at 256 px
-python pipeline/bench.py --dataset ffhq --resolution 64 --batch 4 --json bench.json
+python pipeline/bench.py                                             # the default run, on this machine
+python pipeline/bench.py --dataset ffhq --resolution 64 --batch 4    # the paper's networks, small pictures
+python pipeline/bench.py --dataset ffhq --batch 16 64 --precision fp32 bf16 --json bench.json       # on a GPU
 
 Times each phase of training beside a plain reading of the papers (`tests/reference.py`) in the same run, one after the
-other and over again, so that a noisy machine slows both. Counts FLOPs with torch's own counter and compares them with
-the matrix product of this machine. Needs torch alone.
+other and over again, with the matrix product of this machine in between: noise slows all alike. Needs torch alone, and
+a loader's packages for --data.
 """
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import json
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from data_shards.errors import UserError
+from pipeline.checkpoints import copy_to_host, save_checkpoint
 from pipeline.config import PRESETS, Config, preset
-from pipeline.learner import Learner
+from pipeline.costs import Cost, Counter, matmul_flop_per_s, peak_bytes, seconds_of
+from pipeline.learner import Learner, uses_bfloat16
 from pipeline.phases import Phase, generator_weights
 from pipeline.randomness import draw
 from pipeline.schedules import is_due, linear_ramp
 
 REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "reference.py"
-MATMUL_SIZES = (512, 1024, 2048)
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one optimizer step takes.
+class Variant:
+    """One way to compute a training step.
 
     Attributes:
-        seconds: median over the repetitions.
-        flops: of convolutions and matrix products.
-        bytes_moved: read and written by all operators, as if no cache were there.
+        name: in the report.
+        config: sizes, losses, precision.
+        plain: by the reference instead of by the code that trains.
     """
 
-    seconds: float
-    flops: int
-    bytes_moved: int
+    name: str
+    config: Config
+    plain: bool = False
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.seconds + other.seconds, self.flops + other.flops, self.bytes_moved + other.bytes_moved)
-
-    def times(self, factor: float) -> "Cost":
-        """The cost of `factor` such steps."""
-        return Cost(self.seconds * factor, round(self.flops * factor), round(self.bytes_moved * factor))
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One implementation at one batch size: cost of a step of each phase, and of a mean iteration."""
-
-    phases: dict[str, Cost]
-    iteration: Cost
-    batch: int
-    peak_bytes: int | None
-
-    @property
-    def img_per_s(self) -> float:
-        """Real images a second."""
-        return self.batch / self.iteration.seconds
-
-    @property
-    def flop_per_s(self) -> float:
-        """Counted floating-point operations a second."""
-        return self.iteration.flops / self.iteration.seconds
-
-
-class Implementation(Protocol):
-    """What is timed."""
-
-    phases: tuple[Phase, ...]
-
-    def run(self, phase: Phase, iteration: int, images: Tensor) -> dict[str, Tensor]:
-        """One optimizer step; the loss terms."""
-
-    def update_ema(self, images_seen: int) -> None:
-        """Move the average of G."""
+    def make(self, device: torch.device) -> "Ours":
+        """Networks and optimizers, ready to step."""
+        return (Plain if self.plain else Ours)(self.config, device)
 
 
 class Ours:
     """The code that trains."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self._learner = Learner(config, device)
-        self._slots = range(config.batch)
-        self.phases = self._learner.phases
+        self.config, self.device = config, device
+        self.learner = Learner(config, device)
 
     def run(self, phase: Phase, iteration: int, images: Tensor) -> dict[str, Tensor]:
-        return dict(self._learner.run(phase, iteration, images, self._slots).terms)
+        """One optimizer step; the loss terms."""
+        return dict(self.learner.run(phase, iteration, images, range(len(images))).terms)
 
     def update_ema(self, images_seen: int) -> None:
-        self._learner.update_ema(images_seen)
+        """Move the average of G."""
+        self.learner.update_ema(images_seen)
+
+    def images(self) -> Tensor:
+        """What stands for a batch of photographs."""
+        side = self.config.resolution
+        return torch.rand(self.config.batch, 3, side, side, device=self.device) * 2.0 - 1.0
+
+    def steps(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Two iterations, for some terms of g_main are due at every other one only; R1 once."""
+        images = self.images()
+        for iteration in (0, 1):
+            for phase in self.learner.phases:
+                if iteration == 0 or phase.interval == 1:
+                    yield phase.name, partial(self.run, phase, iteration, images)
+            yield "ema", partial(self.update_ema, iteration * self.config.batch)
 
 
-class Plain:
+class Plain(Ours):
     """The same networks, losses and random numbers, computed and optimized the straightforward way, in float32."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self._config, self._device = config, device
+        super().__init__(config, device)
         self._reference = _load_reference()
-        self._learner = Learner(config, device)  # for its parameters
-        self.phases = self._learner.phases
         self._optimizers = {
             name: torch.optim.Adam(optimizer.param_groups[0]["params"], lr=1e-3, betas=(0.0, 0.99), foreach=False)
-            for name, optimizer in self._learner.optimizers.items()
+            for name, optimizer in self.learner.optimizers.items()
         }
 
     def run(self, phase: Phase, iteration: int, images: Tensor) -> dict[str, Tensor]:
-        learner = self._learner
-        learner.generator.requires_grad_(phase.trains == "generator")
-        learner.discriminator.requires_grad_(phase.trains == "discriminator")
+        self.learner.generator.requires_grad_(phase.trains == "generator")
+        self.learner.discriminator.requires_grad_(phase.trains == "discriminator")
         optimizer = self._optimizers[phase.trains]
         optimizer.zero_grad()
         terms, weights = self._terms(phase, iteration, images)
@@ -134,12 +111,12 @@ class Plain:
         return terms
 
     def _terms(self, phase: Phase, iteration: int, images: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-        learner, loss, reference = self._learner, self._config.loss, self._reference
-        generator, discriminator = learner.generator, learner.discriminator
+        loss, reference = self.config.loss, self._reference
+        generator, discriminator = self.learner.generator, self.learner.discriminator
         if phase.stream is None:
             return reference.reference_d_r1(discriminator, images), {"r1": loss.r1 / 2 * loss.r1_interval}
         sizes = {"z_dim": generator.z_dim, "num_noise": generator.num_noise}
-        given = draw(self._config.seed, phase.stream, iteration, range(len(images)), **sizes, device=self._device)
+        given = draw(self.config.seed, phase.stream, iteration, range(len(images)), **sizes, device=self.device)
         fade_in = linear_ramp(iteration, 0.0, 1.0, loss.fade_in_iterations)
         if phase.trains == "discriminator":
             terms = reference.reference_d_main(generator, discriminator, images, given.z, given.noise, fade_in)
@@ -158,13 +135,12 @@ class Plain:
         )
         return terms, generator_weights(loss, iteration)
 
+    @torch.no_grad()
     def update_ema(self, images_seen: int) -> None:
         del images_seen
-        with torch.no_grad():
-            for average, parameter in zip(
-                self._learner.ema.parameters(), self._learner.generator.parameters(), strict=True
-            ):
-                average.copy_(parameter.lerp(average, 0.999))
+        averages, parameters = self.learner.ema.parameters(), self.learner.generator.parameters()
+        for average, parameter in zip(averages, parameters, strict=True):
+            average.copy_(parameter.lerp(average, 0.999))
 
 
 def _load_reference() -> ModuleType:
@@ -178,196 +154,295 @@ def _load_reference() -> ModuleType:
     return module
 
 
-def measure(
-    implementations: dict[str, Implementation], config: Config, device: torch.device, repetitions: int
-) -> dict[str, Measurement]:
-    """Time the phases of all implementations in turn, and count what they do."""
-    images = torch.rand(config.batch, 3, config.resolution, config.resolution, device=device) * 2.0 - 1.0
-    interval = config.loss.r1_interval
+@dataclass(frozen=True)
+class Measurement:
+    """One variant: cost of a step of each phase, and of a mean iteration.
 
-    def steps(implementation: Implementation) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Two iterations, for some terms of g_main are due at every other one only; R1 once."""
-        for iteration in (0, 1):
-            for phase in implementation.phases:
-                if iteration == 0 or phase.name != "d_r1":
-                    yield phase.name, partial(implementation.run, phase, iteration, images)
-            yield "ema", partial(implementation.update_ema, iteration * config.batch)
+    Attributes:
+        phases: by name.
+        iteration: with the lazy phase's share.
+        batch: real images an iteration.
+        peak_bytes: most memory held at a time, of a process that does nothing else.
+        matmul_share: FLOP/s of the iteration over that of a matrix product in the same precision.
+    """
 
-    counts: dict[str, dict[str, list[tuple[int, int]]]] = {}
-    seconds: dict[str, dict[str, list[float]]] = {}
-    peaks: dict[str, int | None] = {}
-    for name, implementation in implementations.items():
-        counts[name], seconds[name] = {}, {}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        for phase, step in steps(implementation):  # warms up as well
-            with _Counter() as counter:
-                step()
-            counts[name].setdefault(phase, []).append((counter.flops, counter.bytes_moved))
-        peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    for _ in range(repetitions):
-        for name, implementation in implementations.items():
-            for phase, step in steps(implementation):
-                with _stopwatch(device) as watch:
-                    step()
-                seconds[name].setdefault(phase, []).append(watch.seconds)
+    phases: dict[str, Cost]
+    iteration: Cost
+    batch: int
+    peak_bytes: int
+    matmul_share: float
+
+    @property
+    def img_per_s(self) -> float:
+        """Real images a second."""
+        return self.batch / self.iteration.seconds
+
+    @property
+    def flop_per_s(self) -> float:
+        """Counted floating-point operations a second."""
+        return self.iteration.flops / self.iteration.seconds
+
+
+def measure(variants: Sequence[Variant], device: torch.device, repetitions: int) -> dict[str, Measurement]:
+    """Time the phases of all variants in turn, and count what they do; one that is out of memory is left out."""
+    peaks: dict[str, int] = {}
+    for variant in variants:
+        try:
+            peaks[variant.name] = peak_bytes(partial(_two_iterations, variant, device), device)
+        except torch.OutOfMemoryError:
+            print(f"{variant.name}: out of memory at batch {variant.config.batch}")
+        _free(device)
+    variants = [variant for variant in variants if variant.name in peaks]
+    made = {variant.name: variant.make(device) for variant in variants}
+    counts = {name: _count(implementation) for name, implementation in made.items()}
+
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in made}
+    dtypes = {v.name: _dtype(v, device) for v in variants}
+    matmul: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes.values()}
+    for repetition in range(repetitions + 1):
+        for dtype, rates in matmul.items():
+            rates.append(matmul_flop_per_s(device, dtype))
+        for name, implementation in made.items():
+            for phase, step in implementation.steps():
+                taken = seconds_of(step, device)
+                if repetition > 0:  # the first one warms up, and compiles
+                    seconds[name].setdefault(phase, []).append(taken)
 
     measured = {}
-    for name in implementations:
-        phases = {
-            phase: Cost(
-                statistics.median(seconds[name][phase]),
-                round(statistics.mean(flops for flops, _ in pairs)),
-                round(statistics.mean(moved for _, moved in pairs)),
-            )
-            for phase, pairs in counts[name].items()
-        }
-        iteration = phases["d_main"] + phases["g_main"] + phases["ema"] + phases["d_r1"].times(1 / interval)
-        measured[name] = Measurement(phases, iteration, config.batch, peaks[name])
+    for variant in variants:
+        name = variant.name
+        phases = {phase: Cost(statistics.median(seconds[name][phase]), *counts[name][phase]) for phase in counts[name]}
+        iteration = Cost(0.0, 0, 0)
+        for phase, cost in phases.items():
+            iteration += cost.times(1 / variant.config.loss.r1_interval if phase == "d_r1" else 1.0)
+        share = iteration.flops / iteration.seconds / statistics.median(matmul[dtypes[name]])
+        measured[name] = Measurement(phases, iteration, variant.config.batch, peaks[name], share)
     return measured
 
 
-class _Counter(TorchDispatchMode):
-    """Counts FLOPs by torch's own formulas, and bytes of the tensors that operators take and give.
-
-    `torch.utils.flop_counter.FlopCounterMode` follows modules too, and cannot do so through R1's double backward.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
-        self.bytes_moved = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        if not func.is_view:
-            self.bytes_moved += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
-        return out
+def _two_iterations(variant: Variant, device: torch.device) -> None:
+    for _, step in variant.make(device).steps():
+        step()
 
 
-@dataclass
-class _Watch:
-    seconds: float = 0.0
-
-
-@contextlib.contextmanager
-def _stopwatch(device: torch.device) -> Iterator[_Watch]:
-    watch = _Watch()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    yield watch
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    watch.seconds = time.perf_counter() - start
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest square matrix product of this machine, best of several."""
-    best = 0.0
-    for n in MATMUL_SIZES if device.type == "cpu" else (4096, 8192):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        for _ in range(8):
-            with _stopwatch(device) as watch:
-                a @ b
-            best = max(best, 2 * n**3 / watch.seconds)
-    return best
-
-
-def report(
-    config: Config, device: torch.device, measured: dict[str, Measurement], peaks: dict[str, float]
-) -> tuple[str, dict[str, Any]]:
-    """The result as Markdown and as plain types."""
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    lines = [
-        f"{config.dataset}, {config.resolution} px, batch {config.batch}; {machine}; torch {torch.__version__}",
-        "",
-        "| | img/s | GFLOP/img | GB moved/img | GFLOP/s | peak GB | d_main ms | d_r1 ms | g_main ms | ema ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, m in measured.items():
-        peak = "-" if m.peak_bytes is None else f"{m.peak_bytes / 1e9:.2f}"
-        times = " | ".join(f"{m.phases[phase].seconds * 1e3:.1f}" for phase in ("d_main", "d_r1", "g_main", "ema"))
-        lines.append(
-            f"| {name} | {m.img_per_s:.1f} | {m.iteration.flops / m.batch / 1e9:.2f} | "
-            f"{m.iteration.bytes_moved / m.batch / 1e9:.3f} | {m.flop_per_s / 1e9:.0f} | {peak} | {times} |"
-        )
-    lines.append("")
-    lines += [f"Matrix product, {name}: {peak / 1e9:.0f} GFLOP/s" for name, peak in peaks.items()]
-    ours = measured["ours"]
-    facts: dict[str, Any] = {
-        "dataset": config.dataset,
-        "resolution": config.resolution,
-        "batch": config.batch,
-        "machine": machine,
-        "torch": torch.__version__,
-        "matmul_flop_per_s": peaks,
-        "share_of_matmul": ours.flop_per_s / max(peaks.values()),
+def _count(implementation: Ours) -> dict[str, tuple[int, int]]:
+    """FLOPs and bytes of a step of each phase, the mean over `steps`; also warms up."""
+    counted: dict[str, list[tuple[int, int]]] = {}
+    with torch.compiler.set_stance("force_eager"):
+        for phase, step in implementation.steps():
+            with Counter() as counter:
+                step()
+            counted.setdefault(phase, []).append((counter.flops, counter.bytes_moved))
+    return {
+        phase: (round(statistics.mean(f for f, _ in pairs)), round(statistics.mean(b for _, b in pairs)))
+        for phase, pairs in counted.items()
     }
-    lines.append(f"Share of it that an iteration reaches: {facts['share_of_matmul']:.0%}")
-    if "plain" in measured:
-        facts["speedup"] = measured["plain"].iteration.seconds / ours.iteration.seconds
-        lines.append(f"Speed against the plain reading: {facts['speedup']:.2f}x")
-    for name, m in measured.items():
-        facts[name] = {
-            "img_per_s": m.img_per_s,
-            "peak_bytes": m.peak_bytes,
-            "iteration": vars(m.iteration),
-            "phases": {phase: vars(cost) for phase, cost in m.phases.items()},
-        }
-    return "\n".join(lines), facts
+
+
+def _dtype(variant: Variant, device: torch.device) -> torch.dtype:
+    bfloat16 = not variant.plain and uses_bfloat16(variant.config.precision, device)
+    return torch.bfloat16 if bfloat16 else torch.float32
 
 
 def agreement(config: Config, device: torch.device) -> float:
     """Greatest relative difference between a loss term of ours and of the plain reading, before any step."""
-    ours, plain = Ours(config, device), Plain(config, device)
-    images = torch.rand(config.batch, 3, config.resolution, config.resolution, device=device) * 2.0 - 1.0
     worst = 0.0
-    for phase in ours.phases[::-1]:  # the generator's first: a step on D would move what it sees
-        mine, theirs = ours.run(phase, 0, images), plain.run(phase, 0, images)
-        for name, value in theirs.items():
+    for phase in Ours(config, device).learner.phases:
+        ours, plain = Ours(config, device), Plain(config, device)  # anew: a step moves what the next one sees
+        images = ours.images()
+        mine = ours.run(phase, 0, images)
+        for name, value in plain.run(phase, 0, images).items():
             difference = (mine[name] - value).abs() / value.abs().clamp(min=1e-3)
             worst = max(worst, float(difference.detach()))
-        ours, plain = Ours(config, device), Plain(config, device)
     return worst
 
 
-def main() -> None:
-    """Measure as the command line says."""
+@dataclass(frozen=True)
+class CheckpointCost:
+    """What a checkpoint costs: training waits for the stall alone."""
+
+    stall_seconds: float
+    write_seconds: float
+    bytes: int
+
+
+def checkpoint_cost(variant: Variant, device: torch.device) -> CheckpointCost:
+    """Time one checkpoint of networks and optimizers, to a temporary file."""
+    ours = variant.make(device)
+    for _, step in ours.steps():
+        step()
+    copies: list[dict[str, Any]] = []
+    stall = min(seconds_of(lambda: copies.append(copy_to_host(ours.learner.state_dict())), device) for _ in range(3))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "checkpoint.pt"
+        write = seconds_of(lambda: save_checkpoint(copies[-1], path), device)
+        return CheckpointCost(stall, write, path.stat().st_size)
+
+
+def waiting_share(variant: Variant, device: torch.device, data: Path, kind: Any, iterations: int) -> float:
+    """Share of the time of training on the shards in `data` that the host waits for the loader."""
+    from data_shards.loader import make_loader
+    from data_shards.shard_set import ShardSet
+
+    config, ours = variant.config, variant.make(device)
+    shard_set = ShardSet.open(data, resolution=config.resolution)
+    loader = make_loader(
+        kind,
+        shard_set,
+        global_batch=config.batch,
+        rank=0,
+        world_size=1,
+        seed=config.seed,
+        flip=config.flip,
+        with_alpha=False,
+        device=device,
+        num_threads=torch.get_num_threads(),
+    )
+    waits: list[float] = []
+
+    def train() -> None:
+        for iteration in range(iterations):
+            # As in training, a GPU still works on the last step while the host gets the next batch.
+            start = time.perf_counter()
+            images = next(loader).images
+            waits.append(time.perf_counter() - start)
+            for phase in ours.learner.phases:
+                if is_due(iteration, phase.interval):
+                    ours.run(phase, iteration, images)
+
+    with contextlib.closing(loader), contextlib.closing(shard_set):
+        train()  # warms up
+        waits.clear()
+        seconds = seconds_of(train, device)
+    return sum(waits) / seconds
+
+
+def report(measured: dict[str, Measurement]) -> str:
+    """The measurements as a table in Markdown."""
+    lines = [
+        "| | img/s | GFLOP/img | GB moved/img | GFLOP/s | of matmul | peak GB | d_main ms | d_r1 ms | g_main ms | "
+        "ema ms | speed against plain |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, m in measured.items():
+        times = " | ".join(f"{cost.seconds * 1e3:.1f}" for cost in m.phases.values())
+        speedup = f"{_speedup(measured, name):.2f}x" if "plain" in measured else "-"
+        lines.append(
+            f"| {name} | {m.img_per_s:.1f} | {m.iteration.flops / m.batch / 1e9:.2f} | "
+            f"{m.iteration.bytes_moved / m.batch / 1e9:.3f} | {m.flop_per_s / 1e9:.0f} | {m.matmul_share:.0%} | "
+            f"{m.peak_bytes / 1e9:.2f} | {times} | {speedup} |"
+        )
+    return "\n".join(lines)
+
+
+def _speedup(measured: dict[str, Measurement], name: str) -> float:
+    return measured["plain"].iteration.seconds / measured[name].iteration.seconds
+
+
+def _figures(measured: dict[str, Measurement]) -> dict[str, Any]:
+    """The measurements as plain types."""
+    return {
+        name: {
+            "img_per_s": m.img_per_s,
+            "peak_bytes": m.peak_bytes,
+            "share_of_matmul": m.matmul_share,
+            "speedup": _speedup(measured, name) if "plain" in measured else None,
+            "iteration": vars(m.iteration),
+            "phases": {phase: vars(cost) for phase, cost in m.phases.items()},
+        }
+        for name, m in measured.items()
+    }
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _variants(config: Config, arguments: argparse.Namespace) -> list[Variant]:
+    named = [(f"ours {precision}", replace(config, precision=precision)) for precision in arguments.precision]
+    if arguments.compile:
+        named += [(f"{name} compiled", replace(config, compile=True)) for name, config in named]
+    variants = [Variant(name, config) for name, config in named]
+    if arguments.reference:
+        variants.append(Variant("plain", config, plain=True))
+    return variants
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time training steps against a plain reading of the papers.")
     parser.add_argument("--dataset", default="furballs", choices=PRESETS, help="preset whose networks to time")
     parser.add_argument("--resolution", type=int, help="side of the pictures in pixels; the preset's by default")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes; the preset's by default")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--precision", nargs="+", default=["auto"], choices=("auto", "fp32", "bf16"), help="of our convolutions"
+    )
+    parser.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, by default")
     parser.add_argument("--repetitions", type=int, default=5, help="times that every step is timed")
     parser.add_argument("--threads", type=int, help="CPU threads; all cores by default")
-    parser.add_argument("--no-reference", action="store_true", help="time ours alone")
+    parser.add_argument("--no-reference", dest="reference", action="store_false", help="time ours alone")
+    parser.add_argument("--data", type=Path, help="shards to train on, to see how long a step waits for them")
+    parser.add_argument("--loader", default="auto", choices=("auto", "dali", "webdataset"), help="that reads --data")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
+    for name in ("batch", "repetitions", "threads"):
+        given = getattr(arguments, name)
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and number < 1:
+                parser.error(f"--{name} {number} is impossible: give 1 or more")
+    if arguments.device is None:
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here, give --device cpu")
+    return arguments
+
+
+def main() -> None:
+    """Measure as the command line says."""
+    arguments = _parse()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
     base = preset(arguments.dataset, data="none")
     if arguments.resolution:
         base = replace(base, resolution=arguments.resolution)
-    peaks = {"float32": matmul_peak(device, torch.float32)}
-    if device.type == "cuda":
-        peaks["bfloat16"] = matmul_peak(device, torch.bfloat16)
+    batches = arguments.batch or [base.batch]
+    if arguments.reference:
+        difference = agreement(replace(base, batch=min(batches), precision="fp32"), device)
+        print(f"greatest relative difference of a loss term between ours, fp32, and plain: {difference:.1e}\n")
     results = []
-    for batch in arguments.batch or [base.batch]:
+    for batch in batches:
         config = replace(base, batch=batch)
-        implementations: dict[str, Implementation] = {"ours": Ours(config, device)}
-        if not arguments.no_reference:
-            print(f"greatest relative difference of a loss term: {agreement(config, device):.1e}")
-            implementations["plain"] = Plain(config, device)
-        text, facts = report(config, device, measure(implementations, config, device, arguments.repetitions), peaks)
-        print(text, flush=True)
-        results.append(facts)
+        print(f"{config.dataset}, {config.resolution} px, batch {batch}; {machine}; torch {torch.__version__}\n")
+        variants = _variants(config, arguments)
+        measured = measure(variants, device, arguments.repetitions)
+        print(report(measured), flush=True)
+        checkpoint = checkpoint_cost(variants[0], device)
+        print(
+            f"\ncheckpoint of {checkpoint.bytes / 1e6:.0f} MB: training stalls for {checkpoint.stall_seconds:.2f} s, "
+            f"writing in the background takes {checkpoint.write_seconds:.2f} s"
+        )
+        figures = {
+            "dataset": config.dataset,
+            "resolution": config.resolution,
+            "batch": batch,
+            "machine": machine,
+            "torch": torch.__version__,
+            "variants": _figures(measured),
+            "checkpoint": vars(checkpoint),
+        }
+        if arguments.data:
+            share = waiting_share(variants[0], device, arguments.data, arguments.loader, 20)
+            figures["waiting_share"] = share
+            print(f"waiting for data: {share:.2%} of the time")
+        print(flush=True)
+        results.append(figures)
+        _free(device)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -5,11 +5,13 @@ import os
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from pipeline.checkpoints import BEST, checkpoint_path, prune_checkpoints, save_checkpoint
+from pipeline.background import Background
+from pipeline.checkpoints import BEST, checkpoint_path, copy_to_host, prune_checkpoints, save_checkpoint
 from pipeline.evaluation import PseudoTruth, generated_mask_metrics, real_mask_prediction_metrics
 from pipeline.randomness import Stream, draw
 from pipeline.sample_grid import sample_grid
@@ -128,7 +130,7 @@ class SampleGrids:
 
 
 class Checkpoints:
-    """Saves the run and measures its masks, at intervals and at the end.
+    """Saves the run and measures its masks, at intervals and at the end. Training waits for a copy, not for the disk.
 
     The best checkpoint is the one of the greatest mask mIoU; without pseudo ground truth, the newest.
 
@@ -157,6 +159,7 @@ class Checkpoints:
         self.best_miou = best_miou
         self.metrics: dict[str, float] = {}
         self._last = saved_iteration
+        self._background = Background("checkpoints")
 
     @property
     def seconds(self) -> float:
@@ -171,10 +174,16 @@ class Checkpoints:
     def on_end(self, trainer: Trainer) -> None:
         if self._last != trainer.iteration:
             self._save(trainer, final=True)
+        self._background.wait()
+
+    def close(self) -> None:
+        """Finish writing."""
+        self._background.close()
 
     def _save(self, trainer: Trainer, *, final: bool) -> None:
         self._last = trainer.iteration
         if self._tracker is not None:
+            self._background.wait()  # no more than one copy of the run in memory
             evaluation = trainer.config.evaluation
             self.metrics = self._measure(trainer, evaluation.num_samples_final if final else evaluation.num_samples)
             if self.metrics:
@@ -190,12 +199,16 @@ class Checkpoints:
                 "seconds": self.seconds,
                 "metrics": self.metrics,
             }
-            path = checkpoint_path(self._directory, trainer.iteration)
-            save_checkpoint(state, path)
-            if is_best:
-                save_checkpoint(state, self._directory / BEST)
-            prune_checkpoints(self._directory, trainer.config.log.keep_checkpoints)
+            self._background.submit(
+                self._write, copy_to_host(state), is_best=is_best, keep=trainer.config.log.keep_checkpoints
+            )
         trainer.accelerator.wait_for_everyone()
+
+    def _write(self, state: dict[str, Any], *, is_best: bool, keep: int) -> None:
+        save_checkpoint(state, checkpoint_path(self._directory, state["iteration"]))
+        if is_best:
+            save_checkpoint(state, self._directory / BEST)
+        prune_checkpoints(self._directory, keep)
 
     def _measure(self, trainer: Trainer, num_samples: int) -> dict[str, float]:
         truth, config = self._pseudo_truth, trainer.config

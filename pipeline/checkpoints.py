@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from data_shards.errors import UserError
 
@@ -38,6 +39,12 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it is now, in host memory: training may go on while the copy is written."""
+    copied: dict[str, Any] = tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), state)
+    return copied
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -167,6 +167,8 @@ class Config(_Section):
     """Where furballs and fitted segmenters are kept between runs."""
     precision: Precision = "auto"
     """Of convolutions; auto: bf16 on GPUs that have it, else fp32. Statistics, R1, losses and Adam are always fp32."""
+    compile: bool = False
+    """Compile the networks with torch.compile: minutes at the start for faster steps. R1 is never compiled."""
     num_threads: CountOrZero = 0
     """CPU threads of a process; 0 shares the cores among the processes of this machine."""
     model: ModelConfig = field(default_factory=ModelConfig)

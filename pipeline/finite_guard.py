@@ -26,8 +26,8 @@ class _Check:
 class FiniteGuard:
     """Watches what an optimizer step is about to use.
 
-    The answer is on the device. On a GPU, reading it at once would let the GPU run dry at every step, so the host learns
-    it a little later; until then `tripped` alone keeps the optimizers from moving a weight.
+    The answer is on the device. On a GPU, reading it at once would let the GPU run dry at every step, so the host
+    learns it a little later; until then `tripped` alone keeps the optimizers from moving a weight.
 
     Attributes:
         tripped: float32 scalar on the device, 1 from the first value that is not finite on. Adam takes it as
@@ -48,7 +48,7 @@ class FiniteGuard:
             phase: for the message.
             iteration: likewise.
             losses: scalars of this rank by name.
-            gradient_norm: of the averaged gradient, the same on all ranks, so that all stop where one rank's loss broke.
+            gradient_norm: of the averaged gradient, the same on all ranks: where one rank's loss broke, all stop.
 
         Raises:
             NonFiniteLossError: this or an earlier check failed.

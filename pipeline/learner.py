@@ -1,8 +1,10 @@
 """What is trained and how a phase trains it: networks, their average, their optimizers. Needs torch alone."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +67,9 @@ class Learner:
         for optimizer in self.optimizers.values():
             optimizer.found_inf = self.guard.tripped  # type: ignore[attr-defined]
         self._bfloat16 = uses_bfloat16(config.precision, device)
+        if config.compile:
+            self.generator.compile()
+            self.discriminator.compile()
 
     def run(
         self, phase: Phase, iteration: int, images: Tensor, slots: Sequence[int] | NDArray[np.int64]
@@ -89,7 +94,11 @@ class Learner:
         if phase.stream is not None:
             sizes = {"z_dim": self.generator.z_dim, "num_noise": self.generator.num_noise}
             given = draw(self._config.seed, phase.stream, iteration, slots, **sizes, device=self._device)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16 and phase.autocast):
+        with contextlib.ExitStack() as modes:
+            if phase.second_order:
+                modes.enter_context(torch.compiler.set_stance("force_eager"))
+            elif self._bfloat16:
+                modes.enter_context(torch.autocast(self._device.type, torch.bfloat16))
             result = phase.compute(Step(self.networks, self._config.loss, iteration, images, given))
         self.backward(result.loss)
         network = getattr(self, phase.trains)
@@ -102,6 +111,28 @@ class Learner:
             self.generator.mapping_foreground.update_average(global_batch_mean(result.generated.w_foreground))
             self.generator.mapping_background.update_average(global_batch_mean(result.generated.w_background))
         return replace(result, observed={**result.observed, f"grad_norm/{phase.name}": norm})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, buffers and what the optimizers remember; not a copy.
+
+        Raises:
+            NonFiniteLossError: training has broken since the last call.
+        """
+        self.guard.wait()
+        return {
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.generator.load_state_dict(state["generator"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.ema.load_state_dict(state["ema"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
 
     @torch.no_grad()
     def update_ema(self, images_seen: int) -> None:

@@ -93,7 +93,7 @@ class Phase:
         trains: whose parameters move.
         interval: due every so many iterations.
         stream: of the random numbers that it needs, if any.
-        autocast: whether its convolutions may be computed in bfloat16.
+        second_order: whether it differentiates a gradient: always in float32, and torch.compile cannot.
         compute: forward pass and loss terms.
     """
 
@@ -101,16 +101,16 @@ class Phase:
     trains: Literal["generator", "discriminator"]
     interval: int
     stream: Stream | None
-    autocast: bool
+    second_order: bool
     compute: Callable[[Step], PhaseResult]
 
 
 def training_phases(config: LossConfig) -> tuple[Phase, ...]:
     """The phases of an iteration, in order."""
     return (
-        Phase("d_main", "discriminator", 1, Stream.D_MAIN, True, d_main),
-        Phase("d_r1", "discriminator", config.r1_interval, None, False, d_r1),
-        Phase("g_main", "generator", 1, Stream.G_MAIN, True, g_main),
+        Phase("d_main", "discriminator", 1, Stream.D_MAIN, False, d_main),
+        Phase("d_r1", "discriminator", config.r1_interval, None, True, d_r1),
+        Phase("g_main", "generator", 1, Stream.G_MAIN, False, g_main),
     )
 
 

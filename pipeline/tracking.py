@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from pipeline.background import Background
 from pipeline.config import Config
 from pipeline.config_io import config_to_dict, flatten
 
@@ -120,10 +121,11 @@ class MlflowTracker:
 
 
 class Trackers:
-    """Several trackers as one."""
+    """Several trackers as one, in a thread of their own: a database or a server may be slow."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = trackers
+        self._background = Background("tracking")
 
     @property
     def run_id(self) -> str | None:
@@ -131,15 +133,16 @@ class Trackers:
 
     def log_metrics(self, metrics: dict[str, float], *, iteration: int, images_seen: int) -> None:
         for tracker in self._trackers:
-            tracker.log_metrics(metrics, iteration=iteration, images_seen=images_seen)
+            self._background.submit(tracker.log_metrics, metrics, iteration=iteration, images_seen=images_seen)
 
     def log_image(self, image: Image.Image, key: str, *, images_seen: int) -> None:
         for tracker in self._trackers:
-            tracker.log_image(image, key, images_seen=images_seen)
+            self._background.submit(tracker.log_image, image, key, images_seen=images_seen)
 
     def close(self, summary: dict[str, float] | None) -> None:
         for tracker in self._trackers:
-            tracker.close(summary)
+            self._background.submit(tracker.close, summary)
+        self._background.close()
 
 
 def make_tracker(config: Config, run_dir: Path, *, iteration: int, run_id: str | None) -> Trackers:

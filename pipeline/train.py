@@ -96,7 +96,7 @@ def train(config: Config, accelerator: Accelerator) -> None:
         )
         checkpoints.metrics = state.get("metrics", {})
         progress = Progress(trainer, tracker)
-        with contextlib.closing(progress):
+        with contextlib.closing(progress), contextlib.closing(checkpoints):
             trainer.fit([progress, SampleGrids(trainer, tracker), checkpoints])
         if tracker is not None:
             summary = summarise(trainer, checkpoints, pseudo_truth)

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
@@ -128,16 +127,16 @@ class Trainer:
 
         Schedules and random numbers are functions of the iteration and the seed (see `pipeline/randomness.py`), so
         those two are their state.
+
+        Raises:
+            NonFiniteLossError: training has broken since the last checkpoint.
         """
         return {
             "version": CHECKPOINT_VERSION,
             "iteration": self.iteration,
             "images_seen": self.images_seen,
             "seed": self.config.seed,
-            "generator": self.generator.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.learner.optimizers.items()},
+            **self.learner.state_dict(),
             "loader": self.loader.state_dict(),
         }
 
@@ -154,11 +153,7 @@ class Trainer:
             )
         self.loader.load_state_dict(state["loader"])
         self.iteration = state["iteration"]
-        self.generator.load_state_dict(state["generator"])
-        self.discriminator.load_state_dict(state["discriminator"])
-        self.ema.load_state_dict(state["ema"])
-        for name, optimizer in self.learner.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        self.learner.load_state_dict(state)
 
 
 def make_accelerator() -> Accelerator:

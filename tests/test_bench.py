@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from pipeline import bench
-from pipeline.bench import Cost, Measurement, Ours, Plain, agreement, measure
+from pipeline.bench import Measurement, Variant, agreement, measure
+from pipeline.costs import Cost, Counter
 from pipeline.config import Config, ModelConfig, preset
 
 CPU = torch.device("cpu")
@@ -32,12 +33,12 @@ def test_preset_without_pydantic_is_the_one_with_it() -> None:
 
 def test_flops_and_bytes_of_a_convolution_and_its_backward() -> None:
     x, weight = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(5, 3, 3, 3, requires_grad=True)
-    with bench._Counter() as counter:
+    with Counter() as counter:
         y = F.conv2d(x, weight, padding=1)
     forward = 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)  # a multiplication and an addition a tap and output
     assert counter.flops == forward
     assert counter.bytes_moved == 4 * (x.numel() + weight.numel() + y.numel())
-    with bench._Counter() as counter:
+    with Counter() as counter:
         y.sum().backward()
     assert counter.flops == 2 * forward
 
@@ -47,7 +48,7 @@ def test_plain_reading_computes_the_same_losses(config: Config) -> None:
 
 
 def test_plain_reading_does_more_arithmetic_for_the_same_step(config: Config) -> None:
-    measured = measure({"ours": Ours(config, CPU), "plain": Plain(config, CPU)}, config, CPU, repetitions=1)
+    measured = measure([Variant("ours", config), Variant("plain", config, plain=True)], CPU, repetitions=1)
     assert measured["plain"].iteration.flops > 1.5 * measured["ours"].iteration.flops
     for m in measured.values():
         assert set(m.phases) == {"d_main", "d_r1", "g_main", "ema"}
@@ -55,7 +56,7 @@ def test_plain_reading_does_more_arithmetic_for_the_same_step(config: Config) ->
 
 
 def test_an_iteration_has_its_share_of_the_lazy_phase(config: Config) -> None:
-    ours = measure({"ours": Ours(config, CPU)}, config, CPU, repetitions=1)["ours"]
+    ours = measure([Variant("ours", config)], CPU, repetitions=1)["ours"]
     phases = ours.phases
     lazily = phases["d_r1"].flops / config.loss.r1_interval
     assert ours.iteration.flops == pytest.approx(phases["d_main"].flops + phases["g_main"].flops + lazily, abs=1)
@@ -63,7 +64,7 @@ def test_an_iteration_has_its_share_of_the_lazy_phase(config: Config) -> None:
 
 def test_rates_are_per_real_image() -> None:
     cost = Cost(seconds=0.5, flops=3_000, bytes_moved=100)
-    m = Measurement({}, cost, batch=16, peak_bytes=None)
+    m = Measurement({}, cost, batch=16, peak_bytes=1, matmul_share=0.5)
     assert (m.img_per_s, m.flop_per_s) == (32.0, 6_000.0)
 
 
@@ -77,9 +78,10 @@ def test_benchmark_runs_with_torch_alone_and_writes_its_figures(tmp_path: Path) 
         [sys.executable, "-c", launcher, bench.__file__, *arguments], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "Speed against the plain reading" in done.stdout
+    assert "speed against plain" in done.stdout
     (figures,) = json.loads((tmp_path / "bench.json").read_text())
-    assert figures["speedup"] == pytest.approx(
-        figures["plain"]["iteration"]["seconds"] / figures["ours"]["iteration"]["seconds"]
-    )
-    assert figures["ours"]["img_per_s"] == pytest.approx(4 / figures["ours"]["iteration"]["seconds"])
+    ours, plain = figures["variants"]["ours auto"], figures["variants"]["plain"]
+    assert ours["speedup"] == pytest.approx(plain["iteration"]["seconds"] / ours["iteration"]["seconds"])
+    assert ours["img_per_s"] == pytest.approx(4 / ours["iteration"]["seconds"])
+    assert 0 < ours["peak_bytes"] < 2**31 and 0 < ours["share_of_matmul"] < 1
+    assert 0 < figures["checkpoint"]["stall_seconds"] and 10**5 < figures["checkpoint"]["bytes"] < 10**8

@@ -1,0 +1,114 @@
+"""What a piece of work costs: time, floating-point operations, bytes, memory. Needs torch alone."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one optimizer step takes.
+
+    Attributes:
+        seconds: median over the repetitions.
+        flops: of convolutions and matrix products.
+        bytes_moved: read and written by all operators, as if no cache were there and nothing were fused.
+    """
+
+    seconds: float
+    flops: int
+    bytes_moved: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.seconds + other.seconds, self.flops + other.flops, self.bytes_moved + other.bytes_moved)
+
+    def times(self, factor: float) -> "Cost":
+        """The cost of `factor` such steps."""
+        return Cost(self.seconds * factor, round(self.flops * factor), round(self.bytes_moved * factor))
+
+
+class Counter(TorchDispatchMode):
+    """Counts FLOPs by torch's own formulas, and bytes of the tensors that operators take and give.
+
+    `torch.utils.flop_counter.FlopCounterMode` follows modules too, and cannot do so through R1's double backward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.bytes_moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        if not func.is_view:
+            self.bytes_moved += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
+        return out
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """How long `work` takes, until the device has done it."""
+    _finish(device)
+    start = time.perf_counter()
+    work()
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def matmul_flop_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product: the most that this machine does at this moment."""
+    best = 0.0
+    for n in MATMUL_SIZES[device.type]:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        best = max(best, *(2 * n**3 / seconds_of(lambda: a @ b, device) for _ in range(3)))  # noqa: B023
+    return best
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """The most memory that `work` holds at a time: allocated on a GPU, else resident in a process of its own.
+
+    Args:
+        work: without effects that matter, and for a CPU picklable.
+        device: where it works.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        _finish(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_resident_bytes, work, torch.get_num_threads()).result()
+
+
+def _peak_resident_bytes(work: Callable[[], Any], num_threads: int) -> int:
+    torch.set_num_threads(num_threads)
+    before = _resident_high_water_bytes()
+    work()
+    return _resident_high_water_bytes() - before
+
+
+def _resident_high_water_bytes() -> int:
+    # Not getrusage's ru_maxrss: it starts with that of the process which this one was forked from.
+    status = Path("/proc/self/status").read_text()
+    (kilobytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(kilobytes) * 1024
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
