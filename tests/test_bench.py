@@ -11,8 +11,8 @@ import torch.nn.functional as F  # noqa: N812
 
 from pipeline import bench
 from pipeline.bench import Measurement, Variant, agreement, measure
-from pipeline.costs import Cost, Counter
 from pipeline.config import Config, ModelConfig, preset
+from pipeline.costs import Cost, Counter
 
 CPU = torch.device("cpu")
 OTHERS = ("accelerate", "pydantic", "mlflow", "tyro", "webdataset", "nvidia.dali", "torchvision", "yaml", "tqdm", "PIL")
@@ -84,4 +84,4 @@ def test_benchmark_runs_with_torch_alone_and_writes_its_figures(tmp_path: Path) 
     assert ours["speedup"] == pytest.approx(plain["iteration"]["seconds"] / ours["iteration"]["seconds"])
     assert ours["img_per_s"] == pytest.approx(4 / ours["iteration"]["seconds"])
     assert 0 < ours["peak_bytes"] < 2**31 and 0 < ours["share_of_matmul"] < 1
-    assert 0 < figures["checkpoint"]["stall_seconds"] and 10**5 < figures["checkpoint"]["bytes"] < 10**8
+    assert figures["checkpoint"]["stall_seconds"] > 0 and 10**5 < figures["checkpoint"]["bytes"] < 10**8
