@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ops
-from models.layers import EqualizedConv2d, EqualizedLinear
+from models.layers import EqualizedConv2d, EqualizedLinear, call
 from models.widths import Widths
 
 MASK_RESOLUTION = 16
@@ -93,11 +93,13 @@ class Discriminator(nn.Module):
     Args:
         resolution: R, a power of two, 32 or more.
         widths: channels by resolution.
+        recompute: keep no activations for the backward pass but those between blocks.
     """
 
-    def __init__(self, resolution: int, widths: Widths | None = None) -> None:
+    def __init__(self, resolution: int, widths: Widths | None = None, *, recompute: bool = False) -> None:
         super().__init__()
         widths = widths or Widths()
+        self.recompute = recompute
         self.from_rgb = EqualizedConv2d(3, widths(resolution), 1)
         # Split at 16x16: the mask predictor branches off there and runs without the rest.
         to_mask: list[nn.Module] = []
@@ -126,7 +128,7 @@ class Discriminator(nn.Module):
         """
         judged = [len(images)] if judged is None else judged
         features = self._features16(images)
-        x = self.blocks_to_logits(features[: sum(judged)])
+        x = self._run(self.blocks_to_logits, features[: sum(judged)])
         x = self.final_conv(torch.cat([minibatch_stddev(part) for part in x.split(list(judged))]))
         logits = self.final_linear(x.flatten(1))
         return DiscriminatorOutput(logits=logits, mask_pred=self.mask_predictor(features))
@@ -137,6 +139,9 @@ class Discriminator(nn.Module):
         return mask_pred
 
     def _features16(self, images: Tensor) -> Tensor:
-        x = self.from_rgb(images.contiguous(memory_format=torch.channels_last))
-        features: Tensor = self.blocks_to_mask(x)
-        return features
+        return self._run(self.blocks_to_mask, self.from_rgb(images.contiguous(memory_format=torch.channels_last)))
+
+    def _run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
+        for block in blocks:
+            x = call(block, x, recompute=self.recompute)
+        return x

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.layers import StyledConv, ToRGB
+from models.layers import StyledConv, ToRGB, call
 from models.mapping import MappingNetwork
 from models.masks import MaskNetwork, combine_masks, composite
 from models.widths import Widths
@@ -45,9 +45,12 @@ class SynthesisNetwork(nn.Module):
         widths: channels by resolution before `width_ratio`.
         width_ratio: numerator of ``n / 4``: 3 for the foreground, 1 for the background.
         w_dim: D.
+        recompute: keep no activations for the backward pass but those between layers.
     """
 
-    def __init__(self, resolution: int, widths: Widths, width_ratio: int, w_dim: int) -> None:
+    def __init__(
+        self, resolution: int, widths: Widths, width_ratio: int, w_dim: int, *, recompute: bool = False
+    ) -> None:
         super().__init__()
 
         def channels(at: int) -> int:
@@ -65,11 +68,12 @@ class SynthesisNetwork(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.to_rgb = ToRGB(channels(resolution), w_dim)
         self.num_features = channels(resolution)
+        self.recompute = recompute
 
     def forward(self, w: Tensor, noise: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         x = self.constant.expand(len(w), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         for layer in self.layers:
-            x = layer(x, w, next(noise))
+            x = call(layer, x, w, next(noise), recompute=self.recompute)
         return self.to_rgb(x, w), x
 
 
@@ -81,10 +85,17 @@ class FurryGenerator(nn.Module):
         widths: channels of a full StyleGAN2; the foreground takes 3/4 of them, the background 1/4.
         z_dim: length of the foreground latent.
         z_dim_background: the background latent is this many first entries of the same z.
+        recompute: keep no activations for the backward pass but those between layers.
     """
 
     def __init__(
-        self, resolution: int, widths: Widths | None = None, *, z_dim: int = 384, z_dim_background: int = 128
+        self,
+        resolution: int,
+        widths: Widths | None = None,
+        *,
+        z_dim: int = 384,
+        z_dim_background: int = 128,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         widths = widths or Widths()
@@ -93,8 +104,8 @@ class FurryGenerator(nn.Module):
         self.z_dim_background = z_dim_background
         self.mapping_foreground = MappingNetwork(z_dim)
         self.mapping_background = MappingNetwork(z_dim_background)
-        self.synthesis_foreground = SynthesisNetwork(resolution, widths, 3, z_dim)
-        self.synthesis_background = SynthesisNetwork(resolution, widths, 1, z_dim_background)
+        self.synthesis_foreground = SynthesisNetwork(resolution, widths, 3, z_dim, recompute=recompute)
+        self.synthesis_background = SynthesisNetwork(resolution, widths, 1, z_dim_background, recompute=recompute)
         self.mask_network_coarse = MaskNetwork(self.synthesis_foreground.num_features, z_dim)
         self.mask_network_fine = MaskNetwork(self.synthesis_foreground.num_features, z_dim)
         self._noise_resolutions = [

@@ -3,12 +3,15 @@
 Every weight starts as N(0, 1) and is scaled at run time by ``1 / sqrt(fan_in)``, so that Adam moves all layers alike.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models import ops
 
@@ -172,3 +175,11 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         return torch.tanh(self.conv(x, w).float() + self.bias[:, None, None])
+
+
+def call(layer: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
+    """The layer's output; with `recompute`, what is inside it is computed again when its gradient is wanted."""
+    forward: Callable[..., Tensor] = layer
+    if recompute and torch.is_grad_enabled():
+        forward = functools.partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+    return forward(*inputs)

@@ -94,7 +94,7 @@ class Plain(Ours):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config, device)
-        self._reference = _load_reference()
+        self._reference = load_reference()
         self._optimizers = {
             name: torch.optim.Adam(optimizer.param_groups[0]["params"], lr=1e-3, betas=(0.0, 0.99), foreach=False)
             for name, optimizer in self.learner.optimizers.items()
@@ -143,7 +143,12 @@ class Plain(Ours):
             average.copy_(parameter.lerp(average, 0.999))
 
 
-def _load_reference() -> ModuleType:
+def load_reference() -> ModuleType:
+    """The module `tests/reference.py`, which is in no package.
+
+    Raises:
+        UserError: this is not a checkout.
+    """
     if not REFERENCE.is_file():
         raise UserError(f"{REFERENCE} is missing: run the benchmark from a checkout, or with --no-reference")
     spec = importlib.util.spec_from_file_location("reference", REFERENCE)
@@ -362,6 +367,8 @@ def _free(device: torch.device) -> None:
 
 def _variants(config: Config, arguments: argparse.Namespace) -> list[Variant]:
     named = [(f"ours {precision}", replace(config, precision=precision)) for precision in arguments.precision]
+    if arguments.recompute:
+        named += [(f"{name} recomputing", replace(config, recompute=True)) for name, config in named]
     if arguments.compile:
         named += [(f"{name} compiled", replace(config, compile=True)) for name, config in named]
     variants = [Variant(name, config) for name, config in named]
@@ -378,6 +385,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--precision", nargs="+", default=["auto"], choices=("auto", "fp32", "bf16"), help="of our convolutions"
     )
+    parser.add_argument("--recompute", action="store_true", help="also time ours with activations computed twice")
     parser.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, by default")
     parser.add_argument("--repetitions", type=int, default=5, help="times that every step is timed")

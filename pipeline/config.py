@@ -167,6 +167,8 @@ class Config(_Section):
     """Where furballs and fitted segmenters are kept between runs."""
     precision: Precision = "auto"
     """Of convolutions; auto: bf16 on GPUs that have it, else fp32. Statistics, R1, losses and Adam are always fp32."""
+    recompute: bool = False
+    """Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
     """Compile the networks with torch.compile: minutes at the start for faster steps. R1 is never compiled."""
     num_threads: CountOrZero = 0

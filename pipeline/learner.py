@@ -52,9 +52,13 @@ class Learner:
         model = config.model
         widths = Widths(model.channel_base, model.channel_max)
         self.generator = FurryGenerator(
-            config.resolution, widths, z_dim=model.z_dim, z_dim_background=model.z_dim_background
+            config.resolution,
+            widths,
+            z_dim=model.z_dim,
+            z_dim_background=model.z_dim_background,
+            recompute=config.recompute,
         ).to(device)
-        self.discriminator = Discriminator(config.resolution, widths).to(device)
+        self.discriminator = Discriminator(config.resolution, widths, recompute=config.recompute).to(device)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         self.networks = Networks(self.generator, self.discriminator, self.generator, self.discriminator)
         d_lazy_ratio = config.loss.r1_interval / (config.loss.r1_interval + 1)
