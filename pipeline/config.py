@@ -231,7 +231,7 @@ def _unaligned(phi1: float) -> dict[str, Any]:
 def _furballs() -> dict[str, Any]:
     """Small enough for two CPU cores and a few minutes, on the paper's constants but for three.
 
-    R1's gamma goes with the number of pixels (Karras et al. 2020, ADA), phi1 with the area of the animals (0.46), and
+    R1's gamma goes with the number of pixels (Karras et al. 2020, ADA), phi1 with the area of the animals (0.44), and
     the fine mask fades in within the run.
     """
     return {

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,7 +102,9 @@ class MlflowTracker:
             except MlflowException:
                 pass  # another store than before: a new run there
         self.run_id = self._client.create_run(
-            _experiment_id(self._client, config), run_name=run_dir.name, tags={"dataset": config.dataset}
+            _experiment_id(self._client, config),
+            run_name=run_dir.name,
+            tags={"dataset": config.dataset, "mlflow.source.name": Path(sys.argv[0]).name},
         ).info.run_id
         params = [Param(key, str(value)) for key, value in flatten(config_to_dict(config)).items()]
         self._client.log_batch(self.run_id, params=params)
@@ -161,7 +164,9 @@ def _experiment_id(client: Any, config: Config) -> str:
     if uri.startswith("sqlite:///"):
         # Beside the database: MLflow's own default is ./mlruns of whoever calls.
         location = (Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts").absolute().as_uri()
-    return str(client.create_experiment(config.log.experiment, artifact_location=location))
+    # The kind opens MLflow's pages for trained models; else they are those for conversations with language models.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(config.log.experiment, artifact_location=location, tags=tags))
 
 
 def _parse(line: str) -> dict[str, Any] | None:
