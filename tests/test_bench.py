@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from pipeline import bench
 from pipeline.bench import Measurement, Variant, agreement, measure
+from pipeline.bench_alternatives import Group, groups
 from pipeline.config import Config, ModelConfig, preset
 from pipeline.costs import Cost, Counter
 
@@ -85,3 +86,11 @@ def test_benchmark_runs_with_torch_alone_and_writes_its_figures(tmp_path: Path) 
     assert ours["img_per_s"] == pytest.approx(4 / ours["iteration"]["seconds"])
     assert 0 < ours["peak_bytes"] < 2**31 and 0 < ours["share_of_matmul"] < 1
     assert figures["checkpoint"]["stall_seconds"] > 0 and 10**5 < figures["checkpoint"]["bytes"] < 10**8
+
+
+@pytest.mark.parametrize("group", groups(batch=2, channels=4, resolution=8), ids=lambda group: group.name)
+def test_alternatives_compute_the_same(group: Group) -> None:
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in group.shapes]
+    plain, *others = (way(*inputs) for way in group.ways.values())
+    for other in others:
+        torch.testing.assert_close(other, plain)
