@@ -200,6 +200,8 @@ def test_common_overrides_are_short(flag: str, text: str, value: Any) -> None:
 
 def test_every_field_can_be_set_from_the_command_line() -> None:
     before = config_from_dict({"data": "x"})
+    chosen = {"dataset": "cub", "loader": "webdataset", "precision": "bf16"}
+    chosen |= {"resolution": "64", "model.z_dim_background": "64"}
     for name, _, hint in leaves():
         flag, old = "--" + name.replace("_", "-"), get(before, name)
         if hint is bool:
@@ -207,7 +209,7 @@ def test_every_field_can_be_set_from_the_command_line() -> None:
             flag = f"--{section}.{'no-' if old else ''}{leaf}" if section else f"--{'no-' if old else ''}{leaf}"
             assert get(parse_config("", ["--data", "x", flag]), name) is not old
             continue
-        new = {"dataset": "cub", "loader": "webdataset", "resolution": "64", "model.z_dim_background": "64"}.get(name)
+        new = chosen.get(name)
         if new is None:
             new = str(old * 2 or 1) if isinstance(old, int) else "0.25" if isinstance(old, float) else "other"
         assert str(get(parse_config("", ["--data", "x", flag, new]), name)) == new, name

@@ -51,15 +51,21 @@ def root_mean_square(x: torch.Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
+def noise_strengths_together(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    joint = [value for name, value in weights.items() if name.endswith("noise_strength")]
+    rest = {name: value for name, value in weights.items() if not name.endswith("noise_strength")}
+    return rest | {"noise_strength": torch.stack(joint)} if joint else rest
+
+
 def assert_trained_alike(two: Path, one: Path) -> None:
     """To what the order of sums leaves open.
 
     A step of Adam moves a weight by 2e-3, even where its gradient is next to nothing and rounding decides on its sign:
-    so weights are compared by tensor, not one by one.
+    so weights are compared by tensor, not one by one, and noise strengths, which are one number each, all together.
     """
     states = final_state(two), final_state(one)
     for network in ("generator", "discriminator", "ema"):
-        ours, theirs = (state[network] for state in states)
+        ours, theirs = (noise_strengths_together(state[network]) for state in states)
         assert ours.keys() == theirs.keys()
         for name in theirs:
             difference = root_mean_square(ours[name] - theirs[name])
