@@ -399,11 +399,11 @@ def _parse() -> argparse.Namespace:
         given = getattr(arguments, name)
         for number in given if isinstance(given, list) else [given]:
             if number is not None and number < 1:
-                parser.error(f"--{name} {number} is impossible: give 1 or more")
+                raise UserError(f"--{name} {number} is impossible: give 1 or more")
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here, give --device cpu")
+        raise UserError("--device cuda: torch sees no GPU here, give --device cpu")
     return arguments
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from data_shards.errors import UserError
 from pipeline import bench
 from pipeline.bench import Measurement, Variant, agreement, measure
 from pipeline.bench_alternatives import Group, groups
@@ -86,6 +87,27 @@ def test_benchmark_runs_with_torch_alone_and_writes_its_figures(tmp_path: Path) 
     assert ours["img_per_s"] == pytest.approx(4 / ours["iteration"]["seconds"])
     assert 0 < ours["peak_bytes"] < 2**31 and 0 < ours["share_of_matmul"] < 1
     assert figures["checkpoint"]["stall_seconds"] > 0 and 10**5 < figures["checkpoint"]["bytes"] < 10**8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--batch", "0"], "--batch 0"),
+        (["--batch", "6"], "batch 6"),
+        (["--resolution", "48"], "resolution 48"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
+        ),
+    ],
+)
+def test_impossible_arguments_end_with_one_line(
+    arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+    with pytest.raises(UserError, match=named):
+        bench.main()
 
 
 @pytest.mark.parametrize("group", groups(batch=2, channels=4, resolution=8), ids=lambda group: group.name)
