@@ -48,6 +48,7 @@ class Learner:
         self._config = config
         self._device = device
         self.phases = training_phases(config.loss)
+        torch.backends.cudnn.benchmark = True  # a handful of shapes, over and over
         torch.manual_seed(config.seed)
         model = config.model
         widths = Widths(model.channel_base, model.channel_max)
