@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from data_shards.errors import UserError
 from pipeline.checkpoints import copy_to_host, save_checkpoint
@@ -79,10 +80,10 @@ class Ours:
         side = self.config.resolution
         return torch.rand(self.config.batch, 3, side, side, device=self.device) * 2.0 - 1.0
 
-    def steps(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def steps(self, iterations: Sequence[int] = (0, 1)) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Two iterations, for some terms of g_main are due at every other one only; R1 once."""
         images = self.images()
-        for iteration in (0, 1):
+        for iteration in iterations:
             for phase in self.learner.phases:
                 if iteration == 0 or phase.interval == 1:
                     yield phase.name, partial(self.run, phase, iteration, images)
@@ -193,7 +194,7 @@ def measure(variants: Sequence[Variant], device: torch.device, repetitions: int)
     peaks: dict[str, int] = {}
     for variant in variants:
         try:
-            peaks[variant.name] = peak_bytes(partial(_two_iterations, variant, device), device)
+            peaks[variant.name] = peak_bytes(partial(_first_iteration, variant, device), device)
         except torch.OutOfMemoryError:
             print(f"{variant.name}: out of memory at batch {variant.config.batch}")
         _free(device)
@@ -204,14 +205,16 @@ def measure(variants: Sequence[Variant], device: torch.device, repetitions: int)
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in made}
     dtypes = {v.name: _dtype(v, device) for v in variants}
     matmul: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes.values()}
-    for repetition in range(repetitions + 1):
+    for variant in variants:
+        if variant.config.compile:
+            for _, step in made[variant.name].steps():
+                step()
+    for _ in range(repetitions):
         for dtype, rates in matmul.items():
             rates.append(matmul_flop_per_s(device, dtype))
         for name, implementation in made.items():
             for phase, step in implementation.steps():
-                taken = seconds_of(step, device)
-                if repetition > 0:  # the first one warms up, and compiles
-                    seconds[name].setdefault(phase, []).append(taken)
+                seconds[name].setdefault(phase, []).append(seconds_of(step, device))
 
     measured = {}
     for variant in variants:
@@ -225,8 +228,9 @@ def measure(variants: Sequence[Variant], device: torch.device, repetitions: int)
     return measured
 
 
-def _two_iterations(variant: Variant, device: torch.device) -> None:
-    for _, step in variant.make(device).steps():
+def _first_iteration(variant: Variant, device: torch.device) -> None:
+    """The one in which everything is due."""
+    for _, step in variant.make(device).steps([0]):
         step()
 
 
@@ -340,6 +344,27 @@ def report(measured: dict[str, Measurement]) -> str:
     return "\n".join(lines)
 
 
+def profile_table(variant: Variant, device: torch.device, num_operators: int = 6) -> str:
+    """Where an iteration's time goes, by operator, as a table in Markdown; all of its phases count once."""
+    implementation = variant.make(device)
+    for _, step in implementation.steps([0]):
+        step()
+    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        for _, step in implementation.steps([0]):
+            step()
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events)
+    lines = [f"| {variant.name}: operator | calls | share of time |", "| --- | --- | --- |"]
+    lines += [
+        f"| `{event.key[:60]}` | {event.count} | {getattr(event, key) / total:.1%} |"
+        for event in events[:num_operators]
+    ]
+    convolutions = sum(getattr(event, key) for event in events if "conv" in event.key)
+    return "\n".join([*lines, f"| all convolutions | | {convolutions / total:.1%} |"])
+
+
 def _speedup(measured: dict[str, Measurement], name: str) -> float:
     return measured["plain"].iteration.seconds / measured[name].iteration.seconds
 
@@ -393,6 +418,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--no-reference", dest="reference", action="store_false", help="time ours alone")
     parser.add_argument("--data", type=Path, help="shards to train on, to see how long a step waits for them")
     parser.add_argument("--loader", default="auto", choices=("auto", "dali", "webdataset"), help="that reads --data")
+    parser.add_argument("--profile", action="store_true", help="also show which operators the time goes to")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     for name in ("batch", "repetitions", "threads"):
@@ -430,6 +456,9 @@ def main() -> None:
         variants = _variants(config, arguments)
         measured = measure(variants, device, arguments.repetitions)
         print(report(measured), flush=True)
+        if arguments.profile:
+            for variant in variants:
+                print(f"\n{profile_table(variant, device)}", flush=True)
         checkpoint = checkpoint_cost(variants[0], device)
         print(
             f"\ncheckpoint of {checkpoint.bytes / 1e6:.0f} MB: training stalls for {checkpoint.stall_seconds:.2f} s, "
