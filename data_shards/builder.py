@@ -166,7 +166,7 @@ class _Recipe:
 def _recipe(source: Source, references: Sequence[str], options: BuildOptions) -> _Recipe:
     inputs = hashlib.sha256()
     for name in (*references, *source.other_inputs()):
-        inputs.update(os.fsencode(name) + b"\n")
+        inputs.update(name.encode("utf-8", "surrogateescape") + b"\n")
     of_source = {
         option.name: str(value.expanduser().resolve()) if isinstance(value, Path) else value
         for option in fields(source)
@@ -305,9 +305,7 @@ class _Build:
     def _load(self) -> _Progress:
         path = self.directory / PROGRESS_NAME
         if not path.exists():
-            done = _Progress()
-            self._save(done)
-            return done
+            return _Progress()
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             recipe = _Recipe(saved.pop("source"), saved.pop("preparation"))
@@ -374,5 +372,5 @@ def _partial_directory(out: Path) -> Iterator[Path]:
 
 
 def _skip_line(picture: Outcome | SkippedPicture) -> str:
-    # Escaped: a name may hold control characters, or bytes that are no text.
-    return f"{picture.reference.encode('unicode_escape').decode()}: {picture.reason}"
+    name = picture.reference
+    return f"{name if name.isprintable() else ascii(name)}: {picture.reason}"

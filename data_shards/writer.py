@@ -104,7 +104,7 @@ class ShardWriter:
         self._path = path
         self._unfinished = path.with_suffix(".unfinished")
         self._file = self._unfinished.open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w|")  # noqa: SIM115  closed in finish
+        self._tar = tarfile.open(fileobj=self._file, mode="w")  # noqa: SIM115  closed in finish
 
     def __enter__(self) -> "ShardWriter":
         return self
