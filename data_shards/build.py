@@ -93,7 +93,7 @@ def _summary(manifest: Manifest) -> str:
     mib = sum(shard.num_bytes for shard in manifest.shards) / 2**20
     parts = [
         f"{manifest.num_samples:,} pictures of {manifest.resolution} px",
-        f"{len(manifest.shards):,} shards, {mib:,.1f} MiB",
+        f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) > 1)}, {mib:,.1f} MiB",
         f"{manifest.num_alphas:,} with alpha" + ("" if manifest.has_alpha or not manifest.num_alphas else " (not all)"),
         f"{manifest.num_upsampled:,} enlarged",
         f"{len(manifest.skipped):,} skipped" + (" (manifest.json says why)" if manifest.skipped else ""),

@@ -80,11 +80,15 @@ def picture_names(folder: Path) -> list[str]:
     Hidden files and folders, and links to folders, are passed over.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or a folder cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); mend that, or move it away")
+
     extensions = picture_extensions()
     names = []
-    for directory, subdirectories, files in os.walk(folder):
+    for directory, subdirectories, files in os.walk(folder, onerror=refuse):
         subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
         parent = Path(directory).relative_to(folder)
         names += [
