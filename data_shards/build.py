@@ -65,7 +65,7 @@ def parse(argv: list[str]) -> Arguments[Any] | Path:
         arguments: Arguments[Any] = tyro.cli(
             Arguments[of_kind],
             prog=Path(sys.argv[0]).name,
-            description=f"{__doc__}\nKinds of sources:\n{_kinds()}",
+            description=f"{__doc__}\nKinds of sources:\n\n{_kinds()}",
             args=argv,
         )
     return arguments

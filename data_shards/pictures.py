@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,8 @@ BOX_MARGIN = 0.1  # around an object's box, on each side, relative to its longer
 
 # Pillow also names documents and the output of scientific instruments, and runs Ghostscript on EPS.
 _NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
+
+_COMMON = ("JPEG", "PNG", "WEBP")
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels; right and bottom are outside."""
@@ -60,10 +63,11 @@ def picture_extensions() -> frozenset[str]:
     return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
 
 
+@cache
 def picture_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read."""
+    """Pillow's names of the formats that are read, in the order in which a file is tried as each."""
     Image.init()
-    return tuple(sorted(set(Image.OPEN) - _NO_PICTURES))
+    return tuple(sorted(set(Image.OPEN) - _NO_PICTURES, key=lambda name: (name not in _COMMON, name)))
 
 
 def read_picture(file: Path | IO[bytes]) -> Picture:
@@ -155,8 +159,8 @@ def _decode(file: Path | IO[bytes]) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=picture_formats()) as image:
                 image.load()
-                upright = ImageOps.exif_transpose(image)
-        return _to_8_bits(upright) if upright.mode.startswith("I") else upright
+                ImageOps.exif_transpose(image, in_place=True)
+        return _to_8_bits(image) if image.mode.startswith("I") else image
     except BrokenPictureError:
         raise
     except UnidentifiedImageError:
@@ -180,7 +184,7 @@ def _rgb_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]
         raise BrokenPictureError("its pixels are floating-point numbers, whose range is unknown")
     try:
         if not image.has_transparency_data:
-            return image.convert("RGB"), None
+            return image if image.mode == "RGB" else image.convert("RGB"), None
         with_alpha = image.convert("RGBA")
     except ValueError as error:  # a mode without a conversion to RGB
         raise BrokenPictureError(one_line(error)) from None

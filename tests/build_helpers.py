@@ -1,8 +1,15 @@
-"""What the tests of the builder share: small sources, what was built from them, and a plain resampler."""
+"""What the tests of the builder share: small sources, what was built from them, and a plain resampler.
 
+Without torch, which processes that are spawned from here would otherwise import.
+"""
+
+import fcntl
 import io
 import json
+import os
+import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_shards.builder import BuildOptions, build
+from data_shards.pictures import Picture
 from data_shards.shard_set import ShardSet
+from data_shards.sources.folder import Folder
 from data_shards.sources.source import Source
 
 RESOLUTION = 16
@@ -95,3 +104,21 @@ def assert_resampled(actual: Pixels | None, square: Pixels, kernel: Kernel) -> N
     assert actual is not None
     difference = np.abs(actual - resampled(square, len(actual), kernel))
     assert difference.max() <= 1.5, difference.max()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadly(Folder):
+    """A source with a picture that ends the process, as one does that needs more memory than there is."""
+
+    def read(self, reference: str) -> Picture:
+        if reference == "0/003.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(reference)
+
+
+def hold(directory: Path, held: object, done: object) -> None:
+    directory.mkdir()
+    descriptor = os.open(directory, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    held.set()  # type: ignore[attr-defined]
+    done.wait(60)  # type: ignore[attr-defined]

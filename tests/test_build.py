@@ -2,11 +2,11 @@
 
 import json
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -14,14 +14,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from build_helpers import RESOLUTION, build_and_read, noise, read, save
+from build_helpers import RESOLUTION, Deadly, build_and_read, hold, noise, read, save
 
 from data_shards import build as command
 from data_shards.builder import BuildOptions, build
 from data_shards.errors import UserError
 from data_shards.index import index_path, read_index, scan_index
-from data_shards.loader import make_loader
+from data_shards.loader import LoaderKind, make_loader
 from data_shards.manifest import MANIFEST_NAME, Manifest
+from data_shards.parallel import ordered_map
 from data_shards.shard_set import ShardSet
 from data_shards.sources.folder import Folder
 from data_shards.verify import verify
@@ -226,13 +227,17 @@ def swap_lines(path: Path) -> None:
     path.write_text("\n".join([first, lines[1], lines[0], *lines[2:]]) + "\n")
 
 
-def test_built_set_feeds_the_loader(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["png", "webp"])
+@pytest.mark.parametrize("loader_kind", ["dali", "webdataset"])
+def test_built_set_feeds_the_loaders(loader_kind: LoaderKind, encoding: str, tmp_path: Path) -> None:
+    if loader_kind == "dali":
+        pytest.importorskip("nvidia.dali")
     for number in range(16):
         save(tmp_path / "in" / f"{number:02d}.png", noise(number, 32, 32, channels=4))
-    samples = build_and_read(Folder(source=tmp_path / "in", resolution=RESOLUTION), tmp_path / "out", encoding="webp")
+    samples = build_and_read(Folder(source=tmp_path / "in", resolution=RESOLUTION), tmp_path / "out", encoding=encoding)
     shard_set = ShardSet.open(tmp_path / "out", resolution=RESOLUTION)
     loader = make_loader(
-        "webdataset",
+        loader_kind,
         shard_set,
         global_batch=8,
         rank=0,
@@ -367,14 +372,28 @@ def save_and_stop(source: Folder, out: Path) -> None:
         build(source, out, BuildOptions(shard_mib=1, workers=1))
 
 
-def hold(directory: Path, held: object, done: object) -> None:
-    import fcntl
+def test_worker_that_is_killed_is_one_line(tmp_path: Path) -> None:
+    source = Deadly(source=write_pictures(tmp_path / "in"), resolution=RESOLUTION)
+    with pytest.raises(UserError, match="a worker was killed, perhaps for want of memory; run the same command again"):
+        build(source, tmp_path / "out", BuildOptions(workers=2))
+    assert build(Folder(source=tmp_path / "in", resolution=RESOLUTION), tmp_path / "out").num_samples == 12
 
-    directory.mkdir()
-    descriptor = os.open(directory, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    held.set()  # type: ignore[attr-defined]
-    done.wait(60)  # type: ignore[attr-defined]
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_map_keeps_the_order_and_reads_no_further_ahead_than_its_bound(num_workers: int) -> None:
+    num_read = 0
+
+    def items() -> Iterator[int]:
+        nonlocal num_read
+        for number in range(1000):
+            num_read += 1
+            yield -number
+
+    with ordered_map(abs, items(), num_workers=num_workers) as results:
+        assert next(results) == 0
+        time.sleep(0.2)
+        assert num_read <= 2 * 3 * 8
+        assert list(results) == list(range(1, 1000))
 
 
 def test_second_builder_of_the_same_set_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Each kind of source: a small tree of its shape gives the right pictures, crops and masks."""
 
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -39,11 +40,12 @@ def test_folder_gives_all_pictures_of_all_subfolders(tmp_path: Path) -> None:
     save(tmp_path / "in" / "a" / "b" / "tall.webp", tall, lossless=True)
     save(tmp_path / "in" / "a" / "tall.bmp", tall)
     save(tmp_path / "in" / "é ü.tif", wide)
+    save(tmp_path / "in" / os.fsdecode(b"caf\xe9.png"), wide)  # of another encoding than UTF-8
     save(tmp_path / "in" / ".hidden" / "x.png", wide)
     save(tmp_path / "in" / "._x.png", wide)
     (tmp_path / "in" / "notes.txt").write_text("no picture")
     built = build_and_read(Folder(source=tmp_path / "in", resolution=RESOLUTION), tmp_path / "out")
-    assert sorted(built) == ["a/b/tall.webp", "a/tall.bmp", "wide.PNG", "é ü.tif"]
+    assert sorted(built) == ["a/b/tall.webp", "a/tall.bmp", "caf\udce9.png", "wide.PNG", "é ü.tif"]
     for name, sample in built.items():
         square = tall[13:33] if "tall" in name else wide[:, 10:40]
         assert_resampled(sample.image, square, lanczos)
