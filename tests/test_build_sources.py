@@ -294,6 +294,19 @@ def test_cutouts_are_composites_of_their_exact_alpha(tmp_path: Path) -> None:
     assert len(used) == 4 and len(corners) > 25 and flips == {False, True} and np.ptp(sides) > 10
 
 
+def test_cutouts_keep_their_area_and_soft_edges(tmp_path: Path) -> None:
+    rows, columns = np.indices((101, 101)) - 50
+    disc = np.where(rows**2 + columns**2 <= 40**2, 255, 0).astype(np.uint8)
+    save(tmp_path / "cutouts" / "disc.png", np.stack([disc] * 4, -1))
+    save(tmp_path / "backgrounds" / "x.png", noise(0, 60, 60))
+    source = Cutouts(source=tmp_path / "cutouts", backgrounds=tmp_path / "backgrounds", num_images=8, resolution=64)
+    for sample in build_and_read(source, tmp_path / "out").values():
+        assert sample.alpha is not None
+        diameter = np.ptp(np.nonzero(sample.alpha.max(0))[0]) + 1
+        assert sample.alpha.sum() / 255 == pytest.approx(np.pi / 4 * diameter**2, rel=0.06)
+        assert len(np.unique(sample.alpha)) > 12
+
+
 def test_cutouts_refuse_what_is_no_cutout(tmp_path: Path) -> None:
     save(tmp_path / "cutouts" / "opaque.png", noise(0, 20, 20))
     save(tmp_path / "backgrounds" / "x.png", noise(0, 20, 20))
