@@ -1,24 +1,19 @@
 """Shard sets the package draws itself: nothing to download."""
 
-import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data_shards.errors import UserError
 from data_shards.manifest import MANIFEST_NAME
+from data_shards.parallel import num_cores, ordered_map
 from data_shards.shard_set import ShardSet
 from data_shards.sources.furballs import VERSION, draw
 from data_shards.writer import EncodedSample, encode_sample, write_encoded_shards
 
-_CHUNK = 16  # pictures a worker draws at a time
 _MIN_IMAGES_PER_WORKER = 256  # below, a worker's start costs more than it saves
 
 
@@ -46,7 +41,10 @@ def furballs_shards(
             return path
         _remove(path)
     source = {"kind": "furballs", "version": VERSION, "resolution": resolution, "num_images": num_images, "seed": seed}
-    with _drawn(resolution, num_images, seed, num_workers) as samples:
+    if num_workers is None:
+        num_workers = min(num_cores(), num_images // _MIN_IMAGES_PER_WORKER)
+    draw_one = partial(_draw_encoded, resolution=resolution, seed=seed)
+    with ordered_map(draw_one, range(num_images), num_workers=num_workers) as samples:
         shown = tqdm(samples, total=num_images, desc=path.name, unit="img", disable=not progress)
         try:
             write_encoded_shards(shown, path, resolution=resolution, source=source)
@@ -76,20 +74,3 @@ def _remove(path: Path) -> None:
 
 def _draw_encoded(index: int, *, resolution: int, seed: int) -> EncodedSample:
     return encode_sample(draw(index, seed=seed, resolution=resolution), resolution=resolution)
-
-
-@contextmanager
-def _drawn(resolution: int, num_images: int, seed: int, num_workers: int | None) -> Iterator[Iterator[EncodedSample]]:
-    """All pictures in order, drawn and encoded by the workers."""
-    if num_workers is None:
-        num_workers = min(len(os.sched_getaffinity(0)), num_images // _MIN_IMAGES_PER_WORKER)
-    draw_one = partial(_draw_encoded, resolution=resolution, seed=seed)
-    if num_workers <= 1:
-        yield map(draw_one, range(num_images))
-        return
-    # Spawned, not forked: the caller has torch's, DALI's and perhaps CUDA's threads, whose locks a fork would copy.
-    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
-    try:
-        yield pool.map(draw_one, range(num_images), chunksize=_CHUNK)
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_shards.errors import UserError
+from data_shards.files import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -31,6 +32,19 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
+class SkippedPicture:
+    """One picture of the source that is in no shard.
+
+    Attributes:
+        reference: its name in the source.
+        reason: why, one line.
+    """
+
+    reference: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A shard set's counts, resolution, checksums and origin.
 
@@ -38,10 +52,15 @@ class Manifest:
         version: of this format; `MANIFEST_VERSION` is the only one understood.
         num_samples: pictures in all shards.
         resolution: side of every picture, pixels.
-        image_extension: of the pictures, without a dot: ``"png"``.
+        image_extension: of the pictures, without a dot: ``"png"``, ``"jpg"`` or ``"webp"``.
         has_alpha: whether every sample has an ``alpha.png``.
-        source: JSON-serialisable facts on how the set was made.
+        source: JSON-serialisable facts on where the pictures are from.
         shards: the tars in reading order.
+        channels: of every picture.
+        preparation: JSON-serialisable facts on how the pictures were cropped, resized and encoded.
+        num_alphas: samples that have an ``alpha.png``.
+        num_upsampled: pictures that had to be enlarged.
+        skipped: pictures of the source that are in no shard.
     """
 
     version: int
@@ -51,6 +70,11 @@ class Manifest:
     has_alpha: bool
     source: Mapping[str, Any]
     shards: tuple[ShardRecord, ...]
+    channels: int = 3
+    preparation: Mapping[str, Any] = field(default_factory=dict)
+    num_alphas: int = 0
+    num_upsampled: int = 0
+    skipped: tuple[SkippedPicture, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -58,9 +82,9 @@ class Manifest:
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def write(self, directory: Path) -> Path:
-        """Write ``manifest.json`` into `directory` and return its path."""
+        """Write ``manifest.json`` into `directory`, whole or not at all, and return its path."""
         path = directory / MANIFEST_NAME
-        path.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
         return path
 
     @classmethod
@@ -72,8 +96,25 @@ class Manifest:
         """
         path = directory / MANIFEST_NAME
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({_one_line(error)}); rebuild the set or delete the file") from None
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, path: str) -> "Manifest":
+        """Read a manifest's content.
+
+        Args:
+            content: of the file.
+            path: its name, for messages.
+
+        Raises:
+            UserError: the content is no JSON, is of another version, or lacks a field.
+        """
+        try:
+            fields = json.loads(content)
+        except ValueError as error:
             raise UserError(f"{path} cannot be read ({_one_line(error)}); rebuild the set or delete the file") from None
         version = _field(fields, "version", int, path)
         if version != MANIFEST_VERSION:
@@ -86,10 +127,20 @@ class Manifest:
             has_alpha=_field(fields, "has_alpha", bool, path),
             source=_field(fields, "source", dict, path),
             shards=tuple(_shard_record(shard, path) for shard in _field(fields, "shards", list, path)),
+            # A set written from arrays may have no more than these.
+            **{name: _field(fields, name, kind, path) for name, kind in _OPTIONAL.items() if name in fields},
+            skipped=tuple(_skipped_picture(picture, path) for picture in fields.get("skipped", ())),
         )
 
 
-def _shard_record(fields: Any, path: Path) -> ShardRecord:
+_OPTIONAL = {"channels": int, "preparation": dict, "num_alphas": int, "num_upsampled": int}
+
+
+def _skipped_picture(fields: Any, path: str) -> SkippedPicture:
+    return SkippedPicture(_field(fields, "reference", str, path), _field(fields, "reason", str, path))
+
+
+def _shard_record(fields: Any, path: str) -> ShardRecord:
     return ShardRecord(
         name=_field(fields, "name", str, path),
         num_samples=_field(fields, "num_samples", int, path),
@@ -98,7 +149,7 @@ def _shard_record(fields: Any, path: Path) -> ShardRecord:
     )
 
 
-def _field(fields: Any, name: str, kind: type, path: Path) -> Any:
+def _field(fields: Any, name: str, kind: type, path: str) -> Any:
     if not isinstance(fields, dict) or not isinstance(fields.get(name), kind):
         raise UserError(f"{path} has no valid field '{name}'; rebuild the set or delete the file")
     return fields[name]

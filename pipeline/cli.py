@@ -1,20 +1,18 @@
-"""How every command reads its arguments and ends on a user's mistake.
+"""How the commands on a configuration read their arguments.
 
-Arguments come from, in rising order: the preset of `--dataset`, the file of `--config` (or the saved configuration of
+They come from, in rising order: the preset of `--dataset`, the file of `--config` (or the saved configuration of
 `--resume`), the command line.
 """
 
 import argparse
-import contextlib
-import io
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from data_shards.command import one_line_errors
 from data_shards.errors import UserError
 from pipeline.config import Config
 from pipeline.config_io import config_from_dict, load_config, merge
@@ -65,7 +63,7 @@ def parse_config(description: str, argv: list[str] | None = None) -> Config:
         values.setdefault("data", "DIRECTORY")  # help on a preset must not ask for its pictures first
     base = config_from_dict(values)
 
-    with _one_line_errors(passthrough=helping):
+    with one_line_errors(passthrough=helping):
         parsed = tyro.cli(
             Arguments,
             prog=Path(sys.argv[0]).name,
@@ -74,26 +72,3 @@ def parse_config(description: str, argv: list[str] | None = None) -> Config:
             default=Arguments(tree=base),
         )
     return parsed.tree
-
-
-@contextlib.contextmanager
-def _one_line_errors(*, passthrough: bool) -> Iterator[None]:
-    """Turn tyro's boxed error messages into one line."""
-    captured = io.StringIO()
-    try:
-        with contextlib.nullcontext() if passthrough else contextlib.redirect_stderr(captured):
-            yield
-    except SystemExit as error:
-        if passthrough or not error.code:
-            raise
-        lines = [line.strip("│╭╮╰╯─|+- ") if line[:1] in "│╭╰|+" else line for line in captured.getvalue().splitlines()]
-        raise UserError(" ".join(" ".join(lines).split())) from None
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command; a user's mistake ends it with one line and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")  # one write: two ranks' lines must not run into each other
-        sys.exit(2)

@@ -16,13 +16,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data_shards.builtin import furballs_shards
+from data_shards.command import run_command
 from data_shards.errors import UserError
 from data_shards.loader import make_loader
 from data_shards.order import GROUP_SIZE
 from data_shards.shard_set import ShardSet
 from pipeline.callbacks import Checkpoints, Progress, SampleGrids, summarise
 from pipeline.checkpoints import BEST
-from pipeline.cli import parse_config, run_command
+from pipeline.cli import parse_config
 from pipeline.config import Config
 from pipeline.evaluation import prepare_pseudo_truth
 from pipeline.run_directory import check_same_run, load_newest_whole, name_run, write_config, write_summary

@@ -19,12 +19,12 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from data_shards.builtin import furballs_shards
+from data_shards.command import run_command
 from data_shards.loader import make_loader
 from data_shards.sample import Sample
 from data_shards.shard_set import ShardSet
 from data_shards.writer import write_shards
 from pipeline import train
-from pipeline.cli import run_command
 from pipeline.config_io import config_from_dict, merge
 from pipeline.trainer import Trainer, make_accelerator
 

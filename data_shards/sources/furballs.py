@@ -12,13 +12,17 @@ small picture, the background's noise inputs would imitate it before anything el
 swap roles.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from data_shards.errors import UserError
+from data_shards.pictures import Picture
 from data_shards.sample import Sample
+from data_shards.sources.source import Source
 from data_shards.sources.strands import (
     NUM_OUTLINE_POINTS,
     Canvas,
@@ -315,3 +319,33 @@ def draw(index: int, *, seed: int, resolution: int) -> Sample:
             "coat": creature.coat,
         },
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Furballs(Source):
+    """The built-in creatures, drawn with their true alpha; they need no files."""
+
+    kind = "furballs"
+
+    num_images: int = 4096
+    """How many to draw."""
+
+    def references(self) -> Sequence[str]:
+        """See `Source.references`: numbers."""
+        if not MIN_RESOLUTION <= self.resolution <= MAX_RESOLUTION:
+            raise UserError(
+                f"--resolution {self.resolution}: furballs are drawn at {MIN_RESOLUTION} to {MAX_RESOLUTION}"
+            )
+        if self.num_images < 1:
+            raise UserError(f"--num-images {self.num_images} is not positive; give 1 or more")
+        return [f"{number:08d}" for number in range(self.num_images)]
+
+    def other_inputs(self) -> Sequence[str]:
+        """See `Source.other_inputs`: the way of drawing."""
+        return [f"furballs version {VERSION}"]
+
+    def read(self, reference: str) -> Picture:
+        """See `Source.read`."""
+        sample = draw(int(reference), seed=self.seed, resolution=self.resolution)
+        alpha = None if sample.alpha is None else Image.fromarray(sample.alpha)
+        return Picture(Image.fromarray(sample.image), alpha, metadata=sample.metadata)
