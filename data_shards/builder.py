@@ -34,6 +34,7 @@ from data_shards.pictures import (
     fit,
     one_line,
 )
+from data_shards.progress import progress_bar
 from data_shards.sample import Sample
 from data_shards.sources.source import BoxedSource, Source
 from data_shards.writer import (
@@ -244,7 +245,7 @@ class _Build:
                 self.references[done.position :],
                 num_workers=self._num_workers(len(self.references) - done.position),
             ) as outcomes,
-            tqdm(total=len(self.references), initial=done.position, unit="img", disable=not progress) as bar,
+            progress_bar(total=len(self.references), initial=done.position, unit="img", disable=not progress) as bar,
         ):
             self._write(done, outcomes, bar)
         if not done.num_samples:

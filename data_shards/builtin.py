@@ -5,11 +5,10 @@ import uuid
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data_shards.errors import UserError
 from data_shards.manifest import MANIFEST_NAME
 from data_shards.parallel import num_cores, ordered_map
+from data_shards.progress import progress_bar
 from data_shards.shard_set import ShardSet
 from data_shards.sources.furballs import VERSION, draw
 from data_shards.writer import EncodedSample, encode_sample, write_encoded_shards
@@ -45,7 +44,7 @@ def furballs_shards(
         num_workers = min(num_cores(), num_images // _MIN_IMAGES_PER_WORKER)
     draw_one = partial(_draw_encoded, resolution=resolution, seed=seed)
     with ordered_map(draw_one, range(num_images), num_workers=num_workers) as samples:
-        shown = tqdm(samples, total=num_images, desc=path.name, unit="img", disable=not progress)
+        shown = progress_bar(samples, total=num_images, desc=path.name, unit="img", disable=not progress)
         try:
             write_encoded_shards(shown, path, resolution=resolution, source=source)
         except UserError:

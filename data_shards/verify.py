@@ -4,11 +4,10 @@ import hashlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tqdm import tqdm
-
 from data_shards.errors import UserError
 from data_shards.index import index_path, write_index
 from data_shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
+from data_shards.progress import progress_bar
 from data_shards.shard_set import ShardSet
 
 
@@ -26,7 +25,7 @@ def verify(directory: Path, *, progress: bool = False) -> Manifest:
     if not (directory / MANIFEST_NAME).exists():
         raise UserError(f"{directory} has no {MANIFEST_NAME} to check it against; build it with data_shards/build.py")
     manifest = Manifest.read(directory)
-    shards = tqdm(manifest.shards, unit="shard", disable=not progress)
+    shards = progress_bar(manifest.shards, unit="shard", disable=not progress)
     problems = [f"{shard.name} {problem}" for shard in shards if (problem := _problem(directory, shard))]
     num_samples = sum(shard.num_samples for shard in manifest.shards)
     if num_samples != manifest.num_samples:

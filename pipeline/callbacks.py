@@ -1,15 +1,14 @@
 """What is seen of a run: progress, metrics, sample grids, mask metrics, checkpoints."""
 
 import math
-import os
 import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from data_shards.progress import progress_bar
 from pipeline.background import Background
 from pipeline.checkpoints import BEST, checkpoint_path, copy_to_host, prune_checkpoints, save_checkpoint
 from pipeline.evaluation import PseudoTruth, generated_mask_metrics, real_mask_prediction_metrics
@@ -36,15 +35,13 @@ class Progress:
 
     def __init__(self, trainer: Trainer, tracker: Tracker | None) -> None:
         self._tracker = tracker
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=trainer.config.steps,
             initial=trainer.iteration,
             desc="training",
             unit="step",
             disable=tracker is None,
             smoothing=0.05,
-            dynamic_ncols=True,
-            mininterval=0.2 if os.isatty(2) else 15.0,
         )
         self._restart(trainer)
 

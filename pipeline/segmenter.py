@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import tqdm
 
+from data_shards.progress import progress_bar
 from pipeline.mask_metrics import MaskCounter, MaskMetrics
 
 SEGMENTER_VERSION = 1
@@ -94,7 +94,7 @@ def fit_segmenter(
         segmenter = Segmenter().to(device)
         optimizer = torch.optim.AdamW(segmenter.parameters())
         schedule = OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=num_steps)
-        for _ in tqdm(range(num_steps), desc="fitting segmenter", disable=not progress, leave=False):
+        for _ in progress_bar(range(num_steps), desc="fitting segmenter", disable=not progress, leave=False):
             chosen = train[torch.randint(len(train), (BATCH,))]
             x, y = _to_floats(images[chosen], alphas[chosen], device)
             if torch.rand(()) < 0.5:
