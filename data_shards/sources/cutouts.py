@@ -20,7 +20,7 @@ from data_shards.pictures import (
 )
 from data_shards.sources.source import Source, existing_folder, picture_names
 
-MIN_BACKGROUND = 0.5
+MIN_BACKGROUND = 0.3
 """The least part of a background to crop, relative to its shorter side."""
 
 
