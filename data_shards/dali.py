@@ -43,9 +43,14 @@ class DaliLoader(OrderedLoader):
             # On torch's stream, so that DALI too frees its buffers only after the copies below.
             try:
                 images, *alphas = pipeline.run(self._stream())
-            except RuntimeError:
+            except RuntimeError as error:
                 self._name_broken_picture(in_work)
-                raise
+                if "fn.decoders" not in str(error):
+                    raise
+                raise UserError(
+                    f"DALI cannot decode a picture of {self._shard_set.root} that Pillow can;"
+                    " rebuild the set, or choose the webdataset loader"
+                ) from error
             batch = in_work.popleft()
             yield Batch(
                 images=self._to_torch(images, batch.indices),

@@ -76,7 +76,7 @@ class RemoteDirectory:
 
         retrying = Retrying(
             stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential_jitter(initial=FIRST_WAIT_SECONDS, jitter=FIRST_WAIT_SECONDS),
+            wait=wait_exponential_jitter(multiplier=FIRST_WAIT_SECONDS, jitter=FIRST_WAIT_SECONDS),
             sleep=sleep_using_event(self._closed),
             retry=retry_if_exception(_may_pass),
             before_sleep=announce,

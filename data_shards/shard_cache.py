@@ -41,12 +41,12 @@ class ShardCache:
             UserError: the directory cannot be made.
             Exception: what `fetch` raises.
         """
+        self._make_directory()
         path = self._directory / f"{shard.sha256}.tar"
         while True:
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                self._make_directory()
                 with FileLock(self._lock(path)):
                     if not path.exists():
                         self._fetch(shard, path, fetch)
