@@ -124,7 +124,19 @@ def _is_member(tar: Path, offset: int, size: int) -> bool:
 def _parse(fields: list[str]) -> SampleIndex:
     if not fields or len(fields) % 4:
         raise ValueError("a line is not groups of extension, offset, size and name")
-    return {fields[i]: (int(fields[i + 1]), int(fields[i + 2])) for i in range(0, len(fields), 4)}
+    sample: SampleIndex = {}
+    for extension, offset, size, name in zip(*(fields[i::4] for i in range(4)), strict=True):
+        if _split(name)[1] != extension:
+            raise ValueError(f"{name} has not the extension {extension}")
+        sample[extension] = int(offset), int(size)
+    return sample
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension of a member: the extension is all after the first dot of the file name."""
+    directory, slash, file_name = name.rpartition("/")
+    stem, _, extension = file_name.partition(".")
+    return directory + slash + stem, extension
 
 
 def _check_order(samples: list[SampleIndex]) -> None:
@@ -145,12 +157,9 @@ def _scan(file: BinaryIO, name: str) -> list[list[tuple[str, int, int, str]]]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                # The extension is all after the first dot of the file name; hidden files belong to no sample.
-                directory, slash, file_name = member.name.rpartition("/")
-                stem, dot, extension = file_name.partition(".")
-                if not (member.isreg() and stem and dot):
+                key, extension = _split(member.name)
+                if not member.isreg() or not extension or not key or key.endswith("/"):  # a hidden file has no key
                     continue
-                key = directory + slash + stem
                 if key != last_key:
                     samples.append([])
                     last_key = key

@@ -207,10 +207,9 @@ def make_loader(
         flip=flip,
         windows=shard_set.windows,
     )
-    has_dali = _has_dali()
-    if kind == "dali" and not has_dali:
+    if kind == "dali" and not has_dali():
         raise UserError("DALI is not installed; install nvidia-dali-cuda130 (Linux), or choose the webdataset loader")
-    if kind == "dali" or (kind == "auto" and has_dali):
+    if kind == "dali" or (kind == "auto" and has_dali()):
         from data_shards.dali import DaliLoader
 
         return DaliLoader(shard_set, order, with_alpha=with_alpha, device=device, num_threads=num_threads)
@@ -232,7 +231,8 @@ def check_size(shard_set: ShardSet, sample: int, height: int, width: int) -> Non
         )
 
 
-def _has_dali() -> bool:
+def has_dali() -> bool:
+    """Whether DALI is installed."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # there is no package nvidia at all
