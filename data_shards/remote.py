@@ -23,14 +23,18 @@ from data_shards.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5
-FIRST_WAIT_SECONDS = 0.5  # doubled after each attempt
+ATTEMPTS = 7
+FIRST_WAIT_SECONDS = 1.0  # doubled after each attempt: a minute in all
 _NO_ANSWER_SECONDS = 60  # from a server that is connected
 _TEMPORARY_STATUS = (408, 429)  # of HTTP's 4xx: timeout, too many requests
 
 
 class RemoteDirectory:
     """Files below a URL.
+
+    Attributes:
+        url: without a slash at its end.
+        closed: set by `close`.
 
     Args:
         url: of any file system that fsspec knows; its options come from fsspec's own configuration.
@@ -41,7 +45,7 @@ class RemoteDirectory:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._closed = threading.Event()
+        self.closed = threading.Event()
         protocol = fsspec.core.split_protocol(url)[0].rpartition("::")[2]
         try:
             self._files, self._root = fsspec.url_to_fs(self.url, **_options(protocol))
@@ -77,7 +81,7 @@ class RemoteDirectory:
         retrying = Retrying(
             stop=stop_after_attempt(ATTEMPTS),
             wait=wait_exponential_jitter(multiplier=FIRST_WAIT_SECONDS, jitter=FIRST_WAIT_SECONDS),
-            sleep=sleep_using_event(self._closed),
+            sleep=sleep_using_event(self.closed),
             retry=retry_if_exception(_may_pass),
             before_sleep=announce,
             reraise=True,
@@ -100,10 +104,10 @@ class RemoteDirectory:
 
     def close(self) -> None:
         """End what is being fetched."""
-        self._closed.set()
+        self.closed.set()
 
     def _check_open(self) -> None:
-        if self._closed.is_set():
+        if self.closed.is_set():
             raise InterruptedError
 
 

@@ -95,7 +95,8 @@ class RemoteShards:
     def _open(self, shard: int) -> int:
         record = self._shards[shard]
         check = partial(check_digest, num_bytes=record.num_bytes, sha256=record.sha256)
-        return self._cache.open(record, lambda path: self._directory.fetch(record.name, path, check))
+        fetch = partial(self._directory.fetch, record.name, check=check)
+        return self._cache.open(record, fetch, self._directory.closed)
 
 
 def read_manifest(directory: RemoteDirectory) -> Manifest:

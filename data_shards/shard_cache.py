@@ -5,8 +5,9 @@ whichever set it came from. Each is fetched by one process while the others wait
 """
 
 import os
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -30,15 +31,17 @@ class ShardCache:
         self.max_bytes = max_bytes
         self._directory = directory
 
-    def open(self, shard: ShardRecord, fetch: Callable[[Path], None]) -> int:
+    def open(self, shard: ShardRecord, fetch: Callable[[Path], None], closed: threading.Event) -> int:
         """A descriptor to read a tar with, the caller's to close.
 
         Args:
             shard: which, of at most `max_bytes`.
             fetch: brings it to the path it is given, checked, where it is not there yet.
+            closed: ends the waiting for others.
 
         Raises:
             UserError: the directory cannot be made.
+            InterruptedError: closed.
             Exception: what `fetch` raises.
         """
         self._make_directory()
@@ -47,9 +50,9 @@ class ShardCache:
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                with FileLock(self._lock(path)):
+                with _held(self._lock(path), closed):
                     if not path.exists():
-                        self._fetch(shard, path, fetch)
+                        self._fetch(shard, path, fetch, closed)
             else:
                 os.utime(descriptor)  # the order of use
                 return descriptor
@@ -60,10 +63,12 @@ class ShardCache:
         except OSError as error:
             raise UserError(f"{self._directory} cannot be made ({error.strerror}); choose another cache") from None
 
-    def _fetch(self, shard: ShardRecord, path: Path, fetch: Callable[[Path], None]) -> None:
+    def _fetch(self, shard: ShardRecord, path: Path, fetch: Callable[[Path], None], closed: threading.Event) -> None:
         partial = path.with_name(f"{shard.sha256}-{shard.num_bytes}.partial")  # its size when it will be whole
         while not self._reserve(shard.num_bytes, partial):
-            time.sleep(_WAIT_FOR_ROOM_SECONDS)  # for others who fetch: what they have fetched may be removed
+            # Others are fetching: what they have fetched may be removed.
+            if closed.wait(_WAIT_FOR_ROOM_SECONDS):
+                raise InterruptedError
         try:
             fetch(partial)
             partial.replace(path)
@@ -102,6 +107,19 @@ class ShardCache:
     def _lock(self, path: Path) -> Path:
         """The lock of whoever fetches a tar."""
         return self._directory / f"{path.stem.partition('-')[0]}.lock"
+
+
+@contextmanager
+def _held(lock: Path, closed: threading.Event) -> Iterator[None]:
+    file_lock = FileLock(lock)
+    try:
+        file_lock.acquire(cancel_check=closed.is_set)
+    except Timeout:
+        raise InterruptedError from None
+    try:
+        yield
+    finally:
+        file_lock.release()
 
 
 def _reserved_bytes(partial: Path) -> int:

@@ -236,7 +236,7 @@ class ShardSet:
             return os.pread(descriptor, size, offset)
         except OSError as error:
             raise UserError(
-                f"{self._location_of(shard)} cannot be read any more ({error.strerror}); see that it stays in place"
+                f"{self._location_of(shard)} cannot be read ({error.strerror}); see that it stays in place while in use"
             ) from None
 
     def _open_shard(self, shard: int) -> int:

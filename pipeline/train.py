@@ -58,11 +58,13 @@ def train(config: Config, accelerator: Accelerator) -> None:
             f"batch {config.batch} does not divide among {ranks} processes in groups of {GROUP_SIZE}: "
             f"give a multiple of {GROUP_SIZE * ranks}"
         )
-    with (
-        contextlib.closing(_open_shards(config, accelerator)) as shard_set,
-        contextlib.closing(_make_loader(config, shard_set, accelerator)) as loader,
-    ):
-        _train_on(shard_set, loader, config, accelerator)
+    with contextlib.closing(_open_shards(config, accelerator)) as shard_set:
+        loader = _make_loader(config, shard_set, accelerator)
+        try:
+            _train_on(shard_set, loader, config, accelerator)
+        finally:
+            shard_set.close()  # first: it ends what the loader's threads may be waiting for
+            loader.close()
 
 
 def _make_loader(config: Config, shard_set: ShardSet, accelerator: Accelerator) -> Loader:
