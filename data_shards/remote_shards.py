@@ -49,9 +49,8 @@ class RemoteShards:
                 f"{directory.url} has tars of {max(sizes) / 1e9:.3g} GB, and the cache of"
                 f" {cache.max_bytes / 1e9:.3g} GB has no room for two; give it more"
             )
-        logger.info(
-            "%s: %.3g GB in %d tars, %d in use at a time", directory.url, sum(sizes) / 1e9, len(sizes), self.per_window
-        )
+        shuffle = "whole" if self.per_window == len(sizes) else f"by windows of {self.per_window}"
+        logger.info("%s: %.3g GB in %d tars, shuffled %s", directory.url, sum(sizes) / 1e9, len(sizes), shuffle)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
         self._indices: dict[int, list[SampleIndex]] = {}
         self._fetched: dict[int, Future[None]] = {}

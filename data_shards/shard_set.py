@@ -76,8 +76,9 @@ class ShardSet:
             self._keep(shard, index)
         self.resolution = manifest.resolution if manifest else self._measure()
         self.digest = manifest.digest if manifest else self._digest()
-        fits = remote is None or remote.per_window == len(sizes)
-        self.windows = None if fits or remote is None else ShardWindows(tuple(sizes), remote.per_window)
+        self.windows = None
+        if remote is not None and remote.per_window < len(sizes):
+            self.windows = ShardWindows(tuple(sizes), remote.per_window)
 
     @classmethod
     def open(
@@ -105,6 +106,7 @@ class ShardSet:
             assert cache is not None, f"{location} needs a cache"
             shard_set = cls._open_url(str(location).rstrip("/"), cache)
         if resolution is not None and shard_set.resolution != resolution:
+            shard_set.close()
             raise UserError(
                 f"{location} holds pictures of {shard_set.resolution} px, not {resolution} px;"
                 " choose another set, or build one of that resolution"
