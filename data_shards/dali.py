@@ -6,7 +6,8 @@ so that a run can be resumed exactly.
 """
 
 import io
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,16 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from PIL import Image
 
 from data_shards.errors import UserError
-from data_shards.loader import Batch, OrderedLoader, check_size
+from data_shards.loader import Batch, EncodedBatch, OrderedLoader, check_size
 from data_shards.order import BatchOrder
 from data_shards.shard_set import ShardSet
 
 _PREFETCH = 2  # batches
+_NVJPEG_BYTES_PER_PIXEL = 12  # of memory for each thread; DALI's own ImageNet example gives it about half of that
 
 
 class DaliLoader(OrderedLoader):
-    """See `data_shards.loader.Loader`. JPEG on a GPU may differ from the CPU's by a few grey levels; PNG is equal."""
+    """See `data_shards.loader.Loader`. JPEG on a GPU is within four grey levels of the CPU's, all else is equal."""
 
     def __init__(
         self, shard_set: ShardSet, order: BatchOrder, *, with_alpha: bool, device: torch.device, num_threads: int
@@ -34,24 +36,36 @@ class DaliLoader(OrderedLoader):
         super().__init__(shard_set, order, with_alpha=with_alpha, device=device)
         self._num_threads = num_threads
 
-    def _batches_from(self, step: int) -> Iterator[Batch]:
-        pipeline = self._pipeline(step)
+    def _decoded(self, batches: Iterator[EncodedBatch]) -> Iterator[Batch]:
+        in_work: deque[EncodedBatch] = deque()
+        pipeline = self._pipeline(self._inputs(batches, in_work))
         while True:
-            indices, _ = self._order.batch_at(step)
             # On torch's stream, so that DALI too frees its buffers only after the copies below.
             try:
                 images, *alphas = pipeline.run(self._stream())
-            except RuntimeError:
-                self._name_broken_picture(indices)
-                raise
+            except RuntimeError as error:
+                self._name_broken_picture(in_work)
+                if "fn.decoders" not in str(error):
+                    raise
+                raise UserError(
+                    f"DALI cannot decode a picture of {self._shard_set.root} that Pillow can;"
+                    " rebuild the set, or choose the webdataset loader"
+                ) from error
+            batch = in_work.popleft()
             yield Batch(
-                images=self._to_torch(images, indices),
-                alphas=self._to_torch(alphas[0], indices) if alphas else None,
-                indices=torch.from_numpy(indices),
+                images=self._to_torch(images, batch.indices),
+                alphas=self._to_torch(alphas[0], batch.indices) if alphas else None,
+                indices=torch.from_numpy(batch.indices),
             )
-            step += 1
 
-    def _pipeline(self, first_step: int) -> Any:
+    def _inputs(self, batches: Iterator[EncodedBatch], in_work: deque[EncodedBatch]) -> Iterator[tuple[Any, ...]]:
+        """What the pipeline takes of each batch, which joins those it works on."""
+        for batch in batches:
+            in_work.append(batch)
+            encoded = [batch.images, batch.alphas] if self._with_alpha else [batch.images]
+            yield batch.flips.astype(np.int32), *([_array(content) for content in contents] for contents in encoded)
+
+    def _pipeline(self, inputs: Iterator[tuple[Any, ...]]) -> Any:
         on_gpu = self._device.type == "cuda"
         gpu = torch.cuda.current_device() if on_gpu and self._device.index is None else self._device.index
         pipeline = Pipeline(
@@ -60,42 +74,50 @@ class DaliLoader(OrderedLoader):
             device_id=gpu if on_gpu else None,
             prefetch_queue_depth=_PREFETCH,
         )
-        decoder = "mixed" if on_gpu else "cpu"
         with pipeline:
             flips, images, *alphas = fn.external_source(
-                source=lambda iteration: self._encoded(first_step + iteration),
+                source=inputs,
                 num_outputs=3 if self._with_alpha else 2,
                 dtype=[types.INT32, types.UINT8, types.UINT8][: 3 if self._with_alpha else 2],
             )
-            # Orientation as stored, as webdataset's decoder has it: shards are built upright.
-            images = fn.decoders.image(images, device=decoder, output_type=types.RGB, adjust_orientation=False)
+            images = fn.decoders.image(images, output_type=types.RGB, **self._decoding(on_gpu, channels=3))
             outputs = [fn.crop_mirror_normalize(images, mirror=flips, mean=127.5, std=127.5)]
             for alpha in alphas:
-                alpha = fn.decoders.image(alpha, device=decoder, output_type=types.GRAY, adjust_orientation=False)
+                alpha = fn.decoders.image(alpha, output_type=types.GRAY, **self._decoding(on_gpu, channels=1))
                 outputs.append(fn.crop_mirror_normalize(alpha, mirror=flips, mean=0.0, std=255.0))
             pipeline.set_outputs(*outputs)
         pipeline.build()
         return pipeline
 
-    def _encoded(self, step: int) -> tuple[Any, ...]:
-        indices, flips = self._order.batch_at(step)
-        outputs = [flips.astype(np.int32), [_array(self._shard_set.image_bytes(int(i))) for i in indices]]
-        if self._with_alpha:
-            outputs.append([_array(self._shard_set.alpha_bytes(int(i))) for i in indices])
-        return tuple(outputs)
+    def _decoding(self, on_gpu: bool, *, channels: int) -> dict[str, Any]:
+        """Options of the decoder."""
+        # Orientation as stored, as webdataset's decoder has it: shards are built upright.
+        options = {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": False}
+        if not on_gpu:
+            return options
+        side = self._shard_set.resolution
+        padding = _NVJPEG_BYTES_PER_PIXEL * side * side
+        return options | {
+            # Memory for pictures of this size, from the start: else it grows, with a stop, and DALI reserves 24 MB a
+            # thread, whatever the size.
+            "bytes_per_sample_hint": channels * side * side,
+            "device_memory_padding": padding,
+            "host_memory_padding": padding,
+            "preallocate_width_hint": side,
+            "preallocate_height_hint": side,
+            "jpeg_fancy_upsampling": True,  # chroma as the CPU's decoder makes it
+        }
 
-    def _name_broken_picture(self, indices: NDArray[np.int64]) -> None:
+    def _name_broken_picture(self, batches: Iterable[EncodedBatch]) -> None:
         """Raise the `UserError` that DALI's own message is not: it does not tell which picture it cannot decode."""
-        for index in map(int, indices):
-            try:
-                contents = [self._shard_set.image_bytes(index)]
-                if self._with_alpha:
-                    contents.append(self._shard_set.alpha_bytes(index))
-                for content in contents:
-                    Image.open(io.BytesIO(content)).load()
-            except (OSError, SyntaxError, ValueError) as error:
-                location = self._shard_set.location(index)
-                raise UserError(f"{location} cannot be decoded ({error}); rebuild the set") from None
+        for batch in batches:
+            for contents in filter(None, (batch.images, batch.alphas)):
+                for index, content in zip(batch.indices, contents, strict=True):
+                    try:
+                        Image.open(io.BytesIO(content)).load()
+                    except (OSError, SyntaxError, ValueError) as error:
+                        location = self._shard_set.location(int(index))
+                        raise UserError(f"{location} cannot be decoded ({error}); rebuild the set") from None
 
     def _to_torch(self, tensors: Any, indices: NDArray[np.int64]) -> torch.Tensor:
         """A copy in torch's own memory, as DALI may use its buffer again."""

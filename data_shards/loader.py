@@ -2,17 +2,41 @@
 
 import importlib.util
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_shards.errors import UserError
 from data_shards.order import BatchOrder
 from data_shards.shard_set import ShardSet
 
 LoaderKind = Literal["auto", "dali", "webdataset"]
+
+_READ_AHEAD = 2  # batches
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBatch:
+    """The files of one rank's pictures of one step.
+
+    Attributes:
+        images: encoded.
+        alphas: encoded, 8-bit grey PNG; none where the loader was made without.
+        flips: ``[B]`` bool, which to flip.
+        indices: ``[B]`` int64, the samples' numbers in the shard set.
+    """
+
+    images: list[bytes]
+    alphas: list[bytes]
+    flips: NDArray[np.bool_]
+    indices: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +82,7 @@ class Loader(Protocol):
 
 
 class OrderedLoader(ABC):
-    """What the loaders share: counting steps. A subclass makes the batches of consecutive steps."""
+    """What the loaders share: counting steps, and reading ahead. A subclass decodes."""
 
     def __init__(self, shard_set: ShardSet, order: BatchOrder, *, with_alpha: bool, device: torch.device) -> None:
         self.steps_per_epoch = order.steps_per_epoch
@@ -68,13 +92,14 @@ class OrderedLoader(ABC):
         self._device = device
         self._next_step = 0
         self._batches: Iterator[Batch] | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = self._batches_from(self._next_step)
+            self._batches = self._decoded(self._read_ahead(self._next_step))
         try:
             batch = next(self._batches)
         except Exception:
@@ -93,7 +118,7 @@ class OrderedLoader(ABC):
             if state.get(name) != value:
                 raise UserError(
                     f"the loader's state is of other data: its {name} is {state.get(name)}, but {value}"
-                    f" with {self._shard_set.path}; go on with what the run began with, or start a new run"
+                    f" with {self._shard_set.root}; go on with what the run began with, or start a new run"
                 )
         self._stop()
         self._next_step = int(state["step"])
@@ -101,6 +126,7 @@ class OrderedLoader(ABC):
     def close(self) -> None:
         """See `Loader.close`."""
         self._stop()
+        self._reader.shutdown(cancel_futures=True)
 
     def _stop(self) -> None:
         """Drop what is prefetched."""
@@ -113,11 +139,29 @@ class OrderedLoader(ABC):
             "num_samples": order.num_samples,
             "global_batch": order.global_batch,
             "digest": self._shard_set.digest,
+            "shards_per_window": order.windows.per_window if order.windows else None,
         }
 
+    def _read_ahead(self, step: int) -> Iterator[EncodedBatch]:
+        """The batches of `step` and all after; the next ones are read while the caller works on this one."""
+        steps = count(step)
+        reads = deque(self._reader.submit(self._read, next(steps)) for _ in range(_READ_AHEAD))
+        while True:
+            batch = reads.popleft().result()
+            reads.append(self._reader.submit(self._read, next(steps)))
+            yield batch
+
+    def _read(self, step: int) -> EncodedBatch:
+        if self._order.windows:
+            self._shard_set.expect(self._order.shards_at(step))
+        indices, flips = self._order.batch_at(step)
+        images = [self._shard_set.image_bytes(int(index)) for index in indices]
+        alphas = [self._shard_set.alpha_bytes(int(index)) for index in indices] if self._with_alpha else []
+        return EncodedBatch(images, alphas, flips, indices)
+
     @abstractmethod
-    def _batches_from(self, step: int) -> Iterator[Batch]:
-        """The batches of `step` and all after."""
+    def _decoded(self, batches: Iterator[EncodedBatch]) -> Iterator[Batch]:
+        """The pictures of consecutive batches."""
 
 
 def make_loader(
@@ -153,14 +197,19 @@ def make_loader(
             smaller than one global batch.
     """
     if with_alpha and not shard_set.has_alpha:
-        raise UserError(f"{shard_set.path} has no alphas; choose a set with true alphas, or load it without")
+        raise UserError(f"{shard_set.root} has no alphas; choose a set with true alphas, or load it without")
     order = BatchOrder(
-        shard_set.num_samples, global_batch=global_batch, rank=rank, world_size=world_size, seed=seed, flip=flip
+        shard_set.num_samples,
+        global_batch=global_batch,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        flip=flip,
+        windows=shard_set.windows,
     )
-    has_dali = _has_dali()
-    if kind == "dali" and not has_dali:
+    if kind == "dali" and not has_dali():
         raise UserError("DALI is not installed; install nvidia-dali-cuda130 (Linux), or choose the webdataset loader")
-    if kind == "dali" or (kind == "auto" and has_dali):
+    if kind == "dali" or (kind == "auto" and has_dali()):
         from data_shards.dali import DaliLoader
 
         return DaliLoader(shard_set, order, with_alpha=with_alpha, device=device, num_threads=num_threads)
@@ -182,7 +231,8 @@ def check_size(shard_set: ShardSet, sample: int, height: int, width: int) -> Non
         )
 
 
-def _has_dali() -> bool:
+def has_dali() -> bool:
+    """Whether DALI is installed."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # there is no package nvidia at all

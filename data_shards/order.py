@@ -1,10 +1,16 @@
 """Which pictures each rank sees at each step: pure functions of seed, step, rank and world size.
 
+The whole set is shuffled at once. One that is too large to be at hand whole is shuffled by windows: its shards, and
+then the samples of a few shards together, before those of the next few. Pictures of different windows do not meet in
+that epoch, which matters little where the shards themselves were filled in random order.
+
 Nothing is shuffled in a buffer and nothing depends on what was read before, so that a run can be resumed at any step,
 on any number of ranks, and sees the same pictures.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,29 +39,73 @@ def rank_slots(global_batch: int, rank: int, world_size: int) -> NDArray[np.int6
     return positions[:, rank * num_columns : (rank + 1) * num_columns].reshape(-1)
 
 
-@lru_cache(maxsize=2)
-def epoch_order(num_samples: int, seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The order of one epoch: a permutation of the samples, and whether each position is flipped.
+@dataclass(frozen=True)
+class ShardWindows:
+    """How a set is shuffled that is too large to be at hand whole: its shards, then the samples of a few of them.
 
-    Both are ``[num_samples]`` and read-only. Philox is keyed by seed and epoch, so that no epoch needs the one before.
+    Attributes:
+        sizes: samples of each shard.
+        per_window: how many shards' samples are shuffled together.
     """
+
+    sizes: tuple[int, ...]
+    per_window: int
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The order of one epoch; arrays are read-only.
+
+    Attributes:
+        permutation: ``[num_samples]``, the samples' numbers by position.
+        flips: ``[num_samples]``, whether the picture at a position is flipped.
+        windows: the shards of each window, in turn; none where the whole set is shuffled at once.
+        ends: ``[num_windows]``, the position after each window's last.
+    """
+
+    permutation: NDArray[np.int64]
+    flips: NDArray[np.bool_]
+    windows: tuple[tuple[int, ...], ...]
+    ends: NDArray[np.int64]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_samples: int, seed: int, epoch: int, windows: ShardWindows | None = None) -> EpochOrder:
+    """The order of one epoch. Philox is keyed by seed and epoch, so that no epoch needs the one before."""
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
-    permutation = generator.permutation(num_samples)
+    shards: list[NDArray[np.int64]] = []
+    if windows is None:
+        permutation = generator.permutation(num_samples)
+    else:
+        samples = np.split(np.arange(num_samples), np.cumsum(windows.sizes)[:-1])
+        shuffled = generator.permutation(len(windows.sizes))
+        shards = [shuffled[i : i + windows.per_window] for i in range(0, len(shuffled), windows.per_window)]
+        within = [generator.permutation(np.concatenate([samples[shard] for shard in window])) for window in shards]
+        permutation = np.concatenate(within)
     flips = generator.integers(2, size=num_samples, dtype=np.uint8).astype(np.bool_)
     permutation.flags.writeable = False
     flips.flags.writeable = False
-    return permutation, flips
+    ends = np.cumsum([sum(windows.sizes[shard] for shard in window) for window in shards] if windows else [])
+    return EpochOrder(permutation, flips, tuple(tuple(map(int, window)) for window in shards), ends)
 
 
 class BatchOrder:
     """The batches of one rank.
 
-    An epoch is ``num_samples // global_batch`` steps; the remainder of its order is dropped, other samples in each
-    epoch.
+    An epoch is ``num_samples // global_batch`` steps on every rank; the remainder of its order, fewer samples than a
+    global batch, is dropped, other ones in each epoch.
     """
 
     def __init__(
-        self, num_samples: int, *, global_batch: int, rank: int = 0, world_size: int = 1, seed: int, flip: bool
+        self,
+        num_samples: int,
+        *,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int,
+        flip: bool,
+        windows: ShardWindows | None = None,
     ) -> None:
         """Fix the order.
 
@@ -66,6 +116,7 @@ class BatchOrder:
             world_size: ranks.
             seed: of order and flips, non-negative.
             flip: whether to flip horizontally, each picture with probability 1/2 in each epoch.
+            windows: of the shuffle; None: the whole set at once.
 
         Raises:
             ValueError: the global batch is not divisible by 4 times the world size.
@@ -81,12 +132,27 @@ class BatchOrder:
         self.global_batch = global_batch
         self.seed = seed
         self.flip = flip
+        self.windows = windows
         self.batch_size = len(self._slots)
         self.steps_per_epoch = num_samples // global_batch
 
     def batch_at(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Sample numbers and flips, ``[batch_size]`` each, of a step counted from the beginning of the run."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        permutation, flips = epoch_order(self.num_samples, self.seed, epoch)
+        order = self._epoch(epoch)
         positions = step_in_epoch * self.global_batch + self._slots
-        return permutation[positions], flips[positions] & self.flip
+        return order.permutation[positions], order.flips[positions] & self.flip
+
+    def shards_at(self, step: int) -> tuple[int, ...]:
+        """The shards of a step's window, and then those of the window after; none without windows."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        order = self._epoch(epoch)
+        first, last = step_in_epoch * self.global_batch, (step_in_epoch + 1) * self.global_batch - 1
+        current, following = np.searchsorted(order.ends, (first, last), side="right")
+        windows = order.windows[current : max(current + 1, following) + 1]
+        if current + 1 == len(order.windows):
+            windows += self._epoch(epoch + 1).windows[:1]
+        return tuple(dict.fromkeys(chain.from_iterable(windows)))
+
+    def _epoch(self, epoch: int) -> EpochOrder:
+        return epoch_order(self.num_samples, self.seed, epoch, self.windows)

@@ -6,14 +6,13 @@ one batch is made ahead while the caller works on the one before.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from typing import Any
 
 import torch
 import webdataset
 
 from data_shards.errors import UserError
-from data_shards.loader import Batch, OrderedLoader, check_size
+from data_shards.loader import Batch, EncodedBatch, OrderedLoader, check_size
 from data_shards.order import BatchOrder
 from data_shards.shard_set import ALPHA_EXTENSION, ShardSet
 
@@ -41,37 +40,37 @@ class WebDatasetLoader(OrderedLoader):
         self._ahead.shutdown(cancel_futures=True)
         self._threads.shutdown(cancel_futures=True)
 
-    def _batches_from(self, step: int) -> Iterator[Batch]:
+    def _decoded(self, batches: Iterator[EncodedBatch]) -> Iterator[Batch]:
         pipeline = webdataset.DataPipeline(
-            lambda: map(self._encoded, count(step)), webdataset.map(self._decoded), webdataset.map(self._collated)
+            lambda: map(self._samples, batches), webdataset.map(self._with_pixels), webdataset.map(self._collated)
         )
-        batches = iter(pipeline)
-        following = self._ahead.submit(next, batches)
+        decoded = iter(pipeline)
+        following = self._ahead.submit(next, decoded)
         while True:
             images, alphas, indices = following.result()
-            following = self._ahead.submit(next, batches)
+            following = self._ahead.submit(next, decoded)
             yield Batch(
                 images=(self._to_device(images) - 127.5) / 127.5,
                 alphas=None if alphas is None else self._to_device(alphas) / 255.0,
                 indices=indices,
             )
 
-    def _encoded(self, step: int) -> list[dict[str, Any]]:
-        indices, flips = self._order.batch_at(step)
-        return [self._encoded_sample(int(index), bool(flip)) for index, flip in zip(indices, flips, strict=True)]
-
-    def _encoded_sample(self, index: int, flip: bool) -> dict[str, Any]:
-        sample = {
-            "__key__": self._shard_set.location(index),
-            "__index__": index,
-            "__flip__": flip,
-            self._shard_set.image_extension: self._shard_set.image_bytes(index),
-        }
+    def _samples(self, batch: EncodedBatch) -> list[dict[str, Any]]:
+        samples: list[dict[str, Any]] = [
+            {
+                "__key__": self._shard_set.location(int(index)),
+                "__index__": int(index),
+                "__flip__": bool(flip),
+                self._shard_set.image_extension: image,
+            }
+            for index, flip, image in zip(batch.indices, batch.flips, batch.images, strict=True)
+        ]
         if self._with_alpha:
-            sample[ALPHA_EXTENSION] = self._shard_set.alpha_bytes(index)
-        return sample
+            for sample, alpha in zip(samples, batch.alphas, strict=True):
+                sample[ALPHA_EXTENSION] = alpha
+        return samples
 
-    def _decoded(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _with_pixels(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         try:
             return list(self._threads.map(self._decoder, samples))
         except webdataset.DecodingError as error:

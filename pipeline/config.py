@@ -146,7 +146,10 @@ class Config(_Section):
     dataset: str = "furballs"
     """Preset that the other fields start from."""
     data: str | None = None
-    """Directory of WebDataset shards; without it the furballs preset draws its own."""
+    """Directory of WebDataset shards, or its URL: s3://, gs://, http:// (any that fsspec knows; see cache_dir). Without
+    it the furballs preset draws its own."""
+    verify_data: bool = True
+    """Check the sha256 of every shard before training, where the set has a manifest. Fetched ones always are."""
     resolution: int = 256
     """Side of the square images in pixels: a power of two from 32 to 1024."""
     batch: Count = 16
@@ -164,7 +167,10 @@ class Config(_Section):
     num_images: Count = 4096
     """How many furballs to draw when there is no --data."""
     cache_dir: Path = Path("shards")
-    """Where furballs and fitted segmenters are kept between runs."""
+    """Where furballs, fitted segmenters and fetched shards are kept between runs."""
+    fetched_gb: Positive = 100.0
+    """Most gigabytes of fetched shards to keep. A set that fits is shuffled whole, a larger one by windows of shards:
+    that in use and the next one must fit."""
     precision: Precision = "auto"
     """Of convolutions; auto: bf16 on GPUs that have it, else fp32. Statistics, R1, losses and Adam are always fp32."""
     recompute: bool = False
@@ -213,7 +219,9 @@ class Config(_Section):
                 "the background latent is the front part of the foreground's"
             )
         if self.data is None and self.dataset != "furballs":
-            raise UserError(f"dataset {self.dataset} needs pictures: give --data DIRECTORY with its WebDataset shards")
+            raise UserError(
+                f"dataset {self.dataset} needs pictures: give --data with the directory or URL of its shards"
+            )
 
 
 def _unaligned(phi1: float) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +17,9 @@ from accelerate.utils import broadcast_object_list
 from data_shards.builtin import furballs_shards
 from data_shards.command import run_command
 from data_shards.errors import UserError
-from data_shards.loader import make_loader
+from data_shards.loader import Loader, make_loader
 from data_shards.order import GROUP_SIZE
+from data_shards.shard_cache import ShardCache
 from data_shards.shard_set import ShardSet
 from pipeline.callbacks import Checkpoints, Progress, SampleGrids, summarise
 from pipeline.checkpoints import BEST
@@ -59,19 +59,33 @@ def train(config: Config, accelerator: Accelerator) -> None:
             f"batch {config.batch} does not divide among {ranks} processes in groups of {GROUP_SIZE}: "
             f"give a multiple of {GROUP_SIZE * ranks}"
         )
-    shard_set = _open_shards(config, accelerator)
-    loader = make_loader(
+    with contextlib.closing(_open_shards(config, accelerator)) as shard_set:
+        loader = _make_loader(config, shard_set, accelerator)
+        try:
+            _train_on(shard_set, loader, config, accelerator)
+        finally:
+            shard_set.close()  # first: it ends what the loader's threads may be waiting for
+            loader.close()
+
+
+def _make_loader(config: Config, shard_set: ShardSet, accelerator: Accelerator) -> Loader:
+    return make_loader(
         config.loader,
         shard_set,
         global_batch=config.batch,
         rank=accelerator.process_index,
-        world_size=ranks,
+        world_size=accelerator.num_processes,
         seed=config.seed,
         flip=config.flip,
         with_alpha=False,
         device=accelerator.device,
         num_threads=torch.get_num_threads(),
     )
+
+
+def _train_on(shard_set: ShardSet, loader: Loader, config: Config, accelerator: Accelerator) -> None:
+    run_dir = config.run_dir
+    assert run_dir is not None
     trainer = Trainer(config, accelerator, loader)
     state = load_newest_whole(run_dir)
     if state is not None:
@@ -104,13 +118,15 @@ def train(config: Config, accelerator: Accelerator) -> None:
             write_summary(summary, run_dir)
             tracker.close(summary)
             _tell(config, summary)
-    loader.close()
-    shard_set.close()
 
 
 def _open_shards(config: Config, accelerator: Accelerator) -> ShardSet:
     if config.data is not None:
-        return ShardSet.open(Path(config.data), resolution=config.resolution)
+        cache = ShardCache(config.cache_dir / "fetched", max_bytes=int(config.fetched_gb * 1e9))
+        shard_set = ShardSet.open(config.data, resolution=config.resolution, cache=cache)
+        if config.verify_data:
+            shard_set.verify(part=accelerator.local_process_index, parts=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        return shard_set
     with accelerator.main_process_first():
         path = furballs_shards(
             config.cache_dir,

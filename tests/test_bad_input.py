@@ -1,12 +1,15 @@
 """How the training command ends on a mistake of its user: at once, with one line and exit code 2."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import (
+    BATCH,
     RESOLUTION,
     TINY,
     Outcome,
@@ -16,8 +19,12 @@ from helpers import (
     tiny,
     train_in_new_process,
     train_in_process,
+    training_rows,
     write_noise,
 )
+
+from pipeline.checkpoints import list_checkpoints, load_checkpoint
+from pipeline.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +146,56 @@ def test_fewer_pictures_than_a_batch_are_one_line(tmp_path: Path) -> None:
     assert "7 pictures" in line and "batch of 8" in line
 
 
-@pytest.mark.parametrize("loader", ["dali", "webdataset"])
-def test_picture_that_cannot_be_decoded_is_one_line(loader: str, tmp_path: Path) -> None:
+LOADERS = ("dali", "webdataset")
+
+
+def with_loader(loader: str, data: Path, **overrides: Any) -> list[str]:
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
-    data = write_noise(tmp_path / "data", RESOLUTION)
+    return flags(TINY | {"data": data, "run_dir": "run", "loader": loader} | overrides)
+
+
+def damage_pictures(data: Path) -> None:
     tar = bytearray((data / "000000.tar").read_bytes())
     for start in (found.start() for found in re.finditer(b"IDAT", bytes(tar))):
         tar[start + 4 : start + 400] = bytes(396)
     (data / "000000.tar").write_bytes(tar)
-    outcome = train_in_process(tmp_path, *flags(TINY | {"data": data, "run_dir": "run", "loader": loader}))
+
+
+def test_damaged_shard_is_one_line_before_training(tmp_path: Path) -> None:
+    data = write_noise(tmp_path / "data", RESOLUTION)
+    damage_pictures(data)
+    line = refused(train_in_process(tmp_path, *flags(TINY | {"data": data, "run_dir": "runs/x"})), tmp_path)
+    assert "data/000000.tar is damaged" in line and "sha256" in line and "rebuild" in line
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_picture_that_cannot_be_decoded_is_one_line(loader: str, tmp_path: Path) -> None:
+    data = write_noise(tmp_path / "data", RESOLUTION)
+    damage_pictures(data)
+    outcome = train_in_process(tmp_path, *with_loader(loader, data), "--no-verify-data")
     assert outcome.code == 2, outcome.err
     assert len(outcome.errors) == 1 and "Traceback" not in outcome.err
     assert "000000.tar" in outcome.errors[0] and "cannot be decoded" in outcome.errors[0]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_shard_truncated_while_training_is_one_line_and_loses_nothing(
+    loader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_noise(tmp_path / "data", RESOLUTION, num=64)
+    step = Trainer.step
+
+    def cutting_step(trainer: Trainer) -> None:
+        step(trainer)
+        if trainer.iteration == 1:
+            os.truncate(data / "000000.tar", 2048)
+
+    monkeypatch.setattr(Trainer, "step", cutting_step)
+    arguments = with_loader(loader, data, steps=20, log=TINY["log"] | {"checkpoint_interval_images": BATCH})
+    outcome = train_in_process(tmp_path, *arguments)
+    assert outcome.code == 2, outcome.err
+    assert outcome.errors == [f"error: {data}/000000.tar has been truncated while in use; rebuild the set"]
+    assert "Traceback" not in outcome.err
+    (newest, *_) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert load_checkpoint(newest)["iteration"] == len(training_rows(tmp_path / "run")) >= 1

@@ -1,9 +1,11 @@
 """The loaders: the same pictures in the same order for any number of ranks and either library, resumable exactly."""
 
 import io
+import tarfile
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from data_shards.errors import UserError
 from data_shards.loader import Batch, Loader, LoaderKind, make_loader
-from data_shards.order import BatchOrder, rank_slots
+from data_shards.order import BatchOrder, ShardWindows, epoch_order, rank_slots
 from data_shards.sample import Sample
 from data_shards.shard_set import ShardSet
 from data_shards.writer import write_encoded_shards, write_shards
@@ -126,6 +128,53 @@ def test_no_sample_comes_twice_in_an_epoch_and_each_epoch_is_new() -> None:
         assert set(epoch) != set(following)  # the remainder dropped is another one
 
 
+WINDOWS = [
+    ShardWindows((7, 7, 7, 7, 7), 2),
+    ShardWindows((1, 30, 4), 1),
+    ShardWindows((40,), 1),
+    ShardWindows((3,) * 16, 2),
+]
+
+
+@pytest.mark.parametrize("windows", WINDOWS, ids=["five", "uneven", "one", "smaller than a batch"])
+def test_windows_hold_whole_shards_and_every_sample_once(windows: ShardWindows) -> None:
+    num_samples = sum(windows.sizes)
+    shard_of = np.repeat(np.arange(len(windows.sizes)), windows.sizes)
+    epochs = [epoch_order(num_samples, 3, epoch, windows) for epoch in range(3)]
+    for order in epochs:
+        assert sorted(order.permutation) == list(range(num_samples))
+        assert sorted(shard for window in order.windows for shard in window) == list(range(len(windows.sizes)))
+        for window, samples in zip(order.windows, np.split(order.permutation, order.ends[:-1]), strict=True):
+            assert set(shard_of[samples]) == set(window) and len(window) <= windows.per_window
+    for order, following in pairwise(epochs):
+        assert not np.array_equal(order.permutation, following.permutation)
+
+
+@pytest.mark.parametrize("windows", WINDOWS, ids=["five", "uneven", "one", "smaller than a batch"])
+def test_shards_of_a_step_are_those_it_reads_and_those_of_the_next_window(windows: ShardWindows) -> None:
+    order = BatchOrder(sum(windows.sizes), global_batch=12, seed=3, flip=True, windows=windows)
+    shard_of = np.repeat(np.arange(len(windows.sizes)), windows.sizes)
+    foreseen: set[int] = set()
+    for step in range(4 * order.steps_per_epoch):
+        needed, at_hand = set(shard_of[order.batch_at(step)[0]]), order.shards_at(step)
+        assert needed <= set(at_hand) and len(at_hand) == len(set(at_hand))
+        if sum(windows.sizes[:1]) * windows.per_window >= 12 and step % order.steps_per_epoch:
+            assert needed <= foreseen  # so that they can be fetched meanwhile
+            assert len(at_hand) <= 2 * windows.per_window  # the room that the cache has
+        foreseen = set(at_hand)
+
+
+@pytest.mark.parametrize("windows", [None, ShardWindows((13,) * 5, 2)], ids=["whole", "windows"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_never_share_a_sample_in_an_epoch(world_size: int, windows: ShardWindows | None) -> None:
+    sizes = {"global_batch": 24, "world_size": world_size, "seed": 0, "flip": False, "windows": windows}
+    orders = [BatchOrder(65, rank=rank, **sizes) for rank in range(world_size)]
+    assert {order.steps_per_epoch for order in orders} == {2}
+    for epoch in range(3):
+        seen = [index for order in orders for step in range(2) for index in order.batch_at(2 * epoch + step)[0]]
+        assert len(seen) == len(set(seen)) == 48
+
+
 def test_order_is_a_function_of_seed_and_step_alone() -> None:
     def drawn(seed: int, flip: bool = True) -> list[int]:
         order = BatchOrder(64, global_batch=16, seed=seed, flip=flip)
@@ -165,9 +214,79 @@ def test_batches_are_the_stored_pixels_with_alpha_flipped_alike(shard_set: Shard
     loader.close()
 
 
-def test_dali_and_webdataset_deliver_the_same(shard_set: ShardSet) -> None:
-    dali, webdataset = (take(loader_of(shard_set, kind), 5) for kind in KINDS)
-    assert_equal(dali, webdataset, atol=1e-6)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_shards", [1, 2, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_sample_once_per_epoch(kind: LoaderKind, num_shards: int, world_size: int, tmp_path: Path) -> None:
+    """Up to a remainder below a global batch; told by the pixels, not by what the loader says of them."""
+    num_samples, global_batch, epochs = 55, 24, 2
+    write_numbered(tmp_path / "set", num_samples, num_shards)
+    shard_set = ShardSet.open(tmp_path / "set")
+    sizes = {"global_batch": global_batch, "world_size": world_size, "with_alpha": False}
+    ranks = [loader_of(shard_set, kind, rank=rank, **sizes) for rank in range(world_size)]
+    assert {loader.steps_per_epoch for loader in ranks} == {2}
+    orders = []
+    for _ in range(epochs):
+        seen = []
+        for _ in range(2):
+            for loader in ranks:
+                batch = next(loader)
+                assert len(batch.images) == global_batch // world_size
+                numbers = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+                assert numbers == batch.indices.tolist()
+                seen += numbers
+        assert len(seen) == len(set(seen)) == num_samples - num_samples % global_batch
+        orders.append(seen)
+    assert orders[0] != orders[1]
+    for loader in ranks:
+        loader.close()
+    shard_set.close()
+
+
+def write_numbered(out: Path, num_samples: int, num_shards: int) -> None:
+    """Each picture has its number for a colour."""
+    images = [np.full((RESOLUTION, RESOLUTION, 3), number, np.uint8) for number in range(num_samples)]
+    per_shard = -(-num_samples // num_shards)
+    write_shards(map(Sample, images), out, resolution=RESOLUTION, source={}, samples_per_shard=per_shard)
+    assert len(list(out.glob("*.tar"))) == num_shards
+
+
+@pytest.mark.parametrize(
+    ("extension", "options"),
+    [
+        ("png", {}),
+        ("jpg", {"quality": 95}),
+        ("jpg", {"quality": 75}),
+        ("jpg", {"quality": 95, "progressive": True}),
+        ("webp", {"quality": 95}),
+        ("webp", {"lossless": True}),
+    ],
+)
+def test_dali_and_webdataset_deliver_the_same(extension: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """PNG within rounding of the normalisation; JPEG and WebP to a grey level, as two decoders may round otherwise."""
+    write_pictures(tmp_path, extension, options)
+    shard_set = ShardSet.open(tmp_path)
+    dali, webdataset = (take(loader_of(shard_set, kind), 3) for kind in KINDS)
+    for batch, other in zip(dali, webdataset, strict=True):
+        tolerance = 1e-6 if extension == "png" else 1.01 / 127.5
+        torch.testing.assert_close(batch.images, other.images, rtol=0, atol=tolerance)
+        torch.testing.assert_close(batch.alphas, other.alphas, rtol=0, atol=1e-6)
+    assert any(len(set(batch.images.flatten().tolist())) > 100 for batch in dali)
+
+
+def write_pictures(directory: Path, extension: str, options: dict[str, Any]) -> None:
+    """A tar of smooth colours, as photographs have them; alpha is the red channel."""
+    generator = np.random.default_rng(0)
+    with tarfile.open(directory / "some.tar", "w") as tar:
+        for number in range(8):
+            coarse = Image.fromarray(generator.integers(256, size=(8, 8, 3), dtype=np.uint8))
+            buffer = io.BytesIO()
+            picture = coarse.resize((64, 64), Image.Resampling.BICUBIC)
+            picture.save(buffer, {"jpg": "jpeg"}.get(extension, extension), **options)
+            for name, content in ((extension, buffer.getvalue()), ("alpha.png", png_of(picture.getchannel(0)))):
+                member = tarfile.TarInfo(f"{number}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,11 +357,14 @@ def test_alphas_of_a_set_without_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(lambda png: png[: len(png) // 2], "cannot be decoded"), (lambda png: png_of(8), "is 8x8 px in a set of 16 px")],
+    [
+        (lambda png: png[: len(png) // 2], "cannot be decoded"),
+        (lambda png: png_of(noise(8)), "is 8x8 px in a set of 16 px"),
+    ],
     ids=["broken", "other size"],
 )
 def test_bad_picture_is_named(tmp_path: Path, kind: LoaderKind, damage: Callable[[bytes], bytes], message: str) -> None:
-    files = {"png": png_of(RESOLUTION), "json": b"{}"}
+    files = {"png": png_of(noise(RESOLUTION)), "json": b"{}"}
     samples = [{**files, "png": damage(files["png"])} if number == 5 else files for number in range(8)]
     write_encoded_shards(samples, tmp_path / "set", resolution=RESOLUTION, source={}, samples_per_shard=4)
     loader = loader_of(ShardSet.open(tmp_path / "set"), kind, with_alpha=False)
@@ -251,11 +373,45 @@ def test_bad_picture_is_named(tmp_path: Path, kind: LoaderKind, damage: Callable
             next(loader)
 
 
-def png_of(resolution: int) -> bytes:
-    buffer = io.BytesIO()
+def noise(resolution: int) -> Image.Image:
     pixels = np.random.default_rng(1).integers(256, size=(resolution, resolution, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "png")
+    return Image.fromarray(pixels)
+
+
+def png_of(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tar: tar.unlink(), r"000001\.tar cannot be read \(No such file or directory\)"),
+        (lambda tar: tar.write_bytes(tar.read_bytes()[:1024]), r"000001\.tar has been truncated while in use"),
+        (lambda tar: tar.write_bytes(bytes(tar.stat().st_size)), r"000001\.tar: sample \d is not where its index says"),
+    ],
+    ids=["gone", "truncated", "overwritten"],
+)
+def test_tar_that_changes_under_the_loader_is_named(
+    tmp_path: Path, kind: LoaderKind, damage: Callable[[Path], None], message: str
+) -> None:
+    write_numbered(tmp_path / "set", 16, 2)
+    loader = loader_of(ShardSet.open(tmp_path / "set"), kind, with_alpha=False)
+    damage(tmp_path / "set" / "000001.tar")
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            next(loader)
+
+
+def test_picture_that_dali_alone_cannot_decode_is_one_line(tmp_path: Path) -> None:
+    """Pillow does without the end of a PNG."""
+    pytest.importorskip("nvidia.dali")
+    files = {"png": png_of(noise(RESOLUTION))[:-20], "json": b"{}"}
+    write_encoded_shards([files] * 8, tmp_path / "set", resolution=RESOLUTION, source={})
+    with pytest.raises(UserError, match=r"DALI cannot decode a picture of .*/set that Pillow can; rebuild"):
+        next(loader_of(ShardSet.open(tmp_path / "set"), "dali", with_alpha=False))
 
 
 def test_dali_that_is_not_there_is_a_plain_error_and_auto_does_without(
@@ -284,3 +440,16 @@ def test_gpu_delivers_what_the_cpu_does_however_far_the_stream_lags(shard_set: S
     torch.cuda.synchronize()
     on_cpu = [Batch(batch.images.cpu(), batch.alphas.cpu(), batch.indices) for batch in batches]
     assert_equal(on_cpu, take(loader_of(shard_set, "webdataset"), 13)[1:], atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quality", [75, 95])
+def test_jpeg_on_a_gpu_is_within_four_grey_levels_of_the_cpus(quality: int, tmp_path: Path) -> None:
+    """nvJPEG rounds otherwise than libjpeg-turbo."""
+    write_pictures(tmp_path, "jpg", {"quality": quality})
+    shard_set = ShardSet.open(tmp_path)
+    on_gpu, on_cpu = (take(loader_of(shard_set, "dali", device=device), 3) for device in ("cuda", "cpu"))
+    for batch, expected in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(batch.images.cpu(), expected.images, rtol=0, atol=4.01 / 127.5)
+        torch.testing.assert_close(batch.alphas.cpu(), expected.alphas, rtol=0, atol=1e-6)

@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,6 +35,7 @@ from helpers import (
 )
 from PIL import Image
 
+from pipeline.callbacks import Progress
 from pipeline.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint
 from pipeline.config import PRESETS
 from pipeline.config_io import config_from_dict, config_to_dict, flatten, load_config, merge
@@ -124,6 +128,32 @@ def test_readme_names_metrics_that_exist(run_dir: Path) -> None:
         (run_dir / "summary.json").read_text()
     ).keys()
     assert named and named <= recorded
+
+
+def test_share_of_time_waiting_for_data_is_that_of_the_loader(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only the loader and the average of the weights move on."""
+    now = 0.0
+
+    def pass_time(seconds: float, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return call(*arguments)
+
+        return called
+
+    with tiny_trainer(cache, steps=2) as trainer:
+        loader = iter(trainer.loader)
+        monkeypatch.setattr(trainer, "loader", map(pass_time(3.0, lambda batch: batch), loader))
+        monkeypatch.setattr(trainer.learner, "update_ema", pass_time(1.0, trainer.learner.update_ema))
+        for module in ("pipeline.trainer", "pipeline.callbacks"):
+            monkeypatch.setattr(f"{module}.time", mock.Mock(perf_counter=lambda: now))
+        tracker = mock.Mock()
+        trainer.fit([Progress(trainer, tracker)])
+    shares = [call.args[0]["speed/data_wait_share"] for call in tracker.log_metrics.call_args_list]
+    assert shares == [0.75, 0.75]
 
 
 def test_losses_of_lazy_phases_are_recorded_when_they_are_due(run_dir: Path) -> None:
