@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
-from fsspec.callbacks import Callback  # type: ignore[import-untyped]
-from fsspec.registry import known_implementations  # type: ignore[import-untyped]
+import fsspec
+from fsspec.callbacks import Callback
+from fsspec.registry import known_implementations
 from tenacity import (
     RetryCallState,
     Retrying,

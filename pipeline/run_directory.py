@@ -20,7 +20,8 @@ from pipeline.config_io import config_from_dict, config_to_dict, flatten, load_c
 logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = (
-    *("steps", "run_dir", "loader", "verify_data", "cache_dir", "fetched_gb", "num_threads"),
+    *("steps", "run_dir", "loader", "verify_data", "cache_dir", "fetched_gb"),
+    *("num_threads", "compile", "recompute"),
     *("log.", "evaluation."),
 )
 """Fields that leave the numbers of the iterations already done as they are. Where `fetched_gb` would change the order
