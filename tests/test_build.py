@@ -285,7 +285,7 @@ def test_killed_build_resumes(num_shards: int, rough: Path, whole: dict[str, byt
     process.stderr.close()  # type: ignore[union-attr]
     assert workers and not psutil.wait_procs(workers, timeout=20)[1], "workers outlived the build"
     tars = sorted(partial.glob("*.tar"))
-    assert not out.exists() and num_shards <= len(tars) < 5
+    assert not out.exists() and num_shards <= len(tars)
     for tar in tars:
         assert tar.read_bytes() == whole[tar.name] and read_index(tar)
     made = {tar: tar.stat().st_mtime_ns for tar in tars[:-1]}
