@@ -1,0 +1,114 @@
+"""Two machines train as one does: two network namespaces, joined by a cable and by nothing else but a shared disk.
+
+Each runs `accelerate launch` with the configuration of `cluster/accelerate/multi_node.yaml` and its own machine rank.
+Shards and run directory are the same for both, as on a cluster's shared file system; the working directories are not.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import PIPES, TRAIN, environment, shard_cache, train_in_process, training_rows
+from test_ranks import STEPS, arguments, assert_trained_alike, final_state
+
+pytestmark = pytest.mark.netns
+
+CONFIG = TRAIN.parents[1] / "cluster" / "accelerate" / "multi_node.yaml"
+INTERFACE = "veth-node"
+ADDRESSES = ("10.77.0.1", "10.77.0.2")  # seen in the namespaces alone
+
+
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, timeout=30, **PIPES).stdout
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[tuple[str, str]]:
+    """Names of two namespaces with an address each; whatever still runs in them is killed at the end."""
+    nodes = (f"furrygan-{os.getpid()}-0", f"furrygan-{os.getpid()}-1")
+    made = []
+    try:
+        for node in nodes:
+            try:
+                ip("netns", "add", node)
+            except subprocess.CalledProcessError as error:
+                pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
+            made.append(node)
+        ip("link", "add", INTERFACE, "netns", nodes[0], "type", "veth", "peer", "name", INTERFACE, "netns", nodes[1])
+        for node, address in zip(nodes, ADDRESSES, strict=True):
+            ip("-n", node, "address", "add", f"{address}/24", "dev", INTERFACE)
+            for link in ("lo", INTERFACE):
+                ip("-n", node, "link", "set", link, "up")
+        yield nodes
+    finally:
+        for node in made:
+            for pid in ip("netns", "pids", node).split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            ip("netns", "delete", node)
+
+
+def launch(node: str, machine_rank: int, cwd: Path, *train_arguments: str) -> subprocess.Popen[str]:
+    """`accelerate launch` on one of the nodes, as the first lines of the configuration have it."""
+    cwd.mkdir()
+    accelerate = Path(sysconfig.get_path("scripts")) / "accelerate"
+    call = [
+        *("ip", "netns", "exec", node, str(accelerate), "launch", "--config_file", str(CONFIG)),
+        *("--num_machines", "2", "--num_processes", "2"),
+        *("--machine_rank", str(machine_rank), "--main_process_ip", ADDRESSES[0]),
+        *(str(TRAIN), *train_arguments),
+    ]
+    return subprocess.Popen(
+        call,
+        cwd=cwd,
+        env=environment() | {"GLOO_SOCKET_IFNAME": INTERFACE},
+        stdout=(cwd / "out").open("w"),
+        stderr=(cwd / "err").open("w"),
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_root() -> None:
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need the command `ip` of iproute2")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shard_cache(tmp_path_factory)
+
+
+def test_two_nodes_match_one_process(cache: Path, tmp_path: Path) -> None:
+    alone = train_in_process(tmp_path, *arguments(cache, run_dir="one"))
+    assert alone.code == 0, alone.err
+    shared, nodes_at = tmp_path / "shared-run", [tmp_path / "node-0", tmp_path / "node-1"]
+    with two_nodes() as nodes:
+        launched = [
+            launch(node, rank, cwd, *arguments(cache, run_dir=shared))
+            for rank, (node, cwd) in enumerate(zip(nodes, nodes_at, strict=True))
+        ]
+        deadline = time.monotonic() + 400
+        codes = [process.wait(max(1, deadline - time.monotonic())) for process in launched]
+        links = [json.loads(ip("-n", node, "-json", "-statistics", "link", "show", INTERFACE))[0] for node in nodes]
+    told = [(cwd / "out").read_text() for cwd in nodes_at]
+    assert codes == [0, 0], "\n".join((cwd / "err").read_text() for cwd in nodes_at)
+    assert_trained_alike(shared, tmp_path / "one")
+
+    assert [row["iteration"] for row in training_rows(shared)] == list(range(1, STEPS + 1))
+    assert "trained 4 iterations, 64 images" in told[0] and told[1] == ""  # rank 0 alone writes and tells
+    assert [{path.name for path in cwd.iterdir()} for cwd in nodes_at] == [{"out", "err"}] * 2
+    # Each gradient of each step crossed the cable, once in either direction.
+    weights = [value for name in ("generator", "discriminator") for value in final_state(shared)[name].values()]
+    num_bytes = STEPS * sum(value.nbytes for value in weights)
+    assert all(link["stats64"]["rx"]["bytes"] > num_bytes for link in links)
