@@ -14,6 +14,8 @@ import tyro
 
 from data_shards.command import one_line_errors
 from data_shards.errors import UserError
+from data_shards.manifest import MANIFEST_NAME, Manifest
+from data_shards.shard_set import local_directory
 from pipeline.config import Config
 from pipeline.config_io import config_from_dict, load_config, merge
 
@@ -41,7 +43,7 @@ def parse_config(description: str, argv: list[str] | None = None) -> Config:
     """
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--dataset", "--config", "--resume", "--data"):
+    for name in ("--dataset", "--config", "--resume", "--data", "--resolution"):
         first.add_argument(name)
     try:
         named, _ = first.parse_known_args(argv)
@@ -58,6 +60,8 @@ def parse_config(description: str, argv: list[str] | None = None) -> Config:
         values = merge(values, load_config(Path(named.config)))
     # Known before the rest is parsed: both decide whether the defaults are possible at all.
     values |= {name: value for name in ("dataset", "data") if (value := getattr(named, name)) is not None}
+    if named.resolution is None and (directory := local_directory(values.get("data") or "")) is not None:
+        values = _resolution_of(directory) | values
     helping = bool({"-h", "--help"} & set(argv))
     if helping and values.get("dataset", "furballs") != "furballs":
         values.setdefault("data", "DIRECTORY")  # help on a preset must not ask for its pictures first
@@ -72,3 +76,8 @@ def parse_config(description: str, argv: list[str] | None = None) -> Config:
             default=Arguments(tree=base),
         )
     return parsed.tree
+
+
+def _resolution_of(directory: Path) -> dict[str, Any]:
+    """That of the shards in a directory, where their manifest says it: nobody should have to say it again."""
+    return {"resolution": Manifest.read(directory).resolution} if (directory / MANIFEST_NAME).is_file() else {}

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
+from helpers import write_noise
 
 from data_shards.errors import UserError
 from pipeline import config as config_module
@@ -213,6 +214,17 @@ def test_every_field_can_be_set_from_the_command_line() -> None:
         if new is None:
             new = str(old * 2 or 1) if isinstance(old, int) else "0.25" if isinstance(old, float) else "other"
         assert str(get(parse_config("", ["--data", "x", flag, new]), name)) == new, name
+
+
+def test_resolution_is_that_of_the_shards_unless_said(tmp_path: Path) -> None:
+    shards = write_noise(tmp_path / "set", 64)
+    assert parse_config("", ["--data", str(shards)]).resolution == 64
+    assert parse_config("", ["--data", f"file://{shards}", "--dataset", "ffhq"]).resolution == 64
+    assert parse_config("", ["--data", str(shards), "--resolution", "128"]).resolution == 128
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(f"data: {shards}\nresolution: 256\n")
+    assert parse_config("", ["--config", str(saved)]).resolution == 256
+    assert parse_config("", ["--data", str(tmp_path)]).resolution == 32  # no manifest
 
 
 # --- explanations ---
