@@ -47,8 +47,9 @@ logger = logging.getLogger(__name__)
 class Arguments:
     """What the command line says."""
 
-    run: Path
-    """Run directory to evaluate; its checkpoints stay as they are."""
+    run: Annotated[Path, tyro.conf.arg(aliases=("--run-dir",))]
+    """Run directory to evaluate; its checkpoints stay as they are. Under torchrun write --run-dir: it takes --run for
+    an abbreviation of one of its own options."""
     checkpoint: str = "best"
     """best, latest, or a checkpoint file."""
     num_samples: int = 50_000
