@@ -16,13 +16,8 @@ from pipeline import evaluate
 EVALUATE = Path(evaluate.__file__)
 FEATURES = ("--features", "extractors:TinyFeatures")
 ACCELERATE_TWO_RANKS = (
-    "-m",
-    "accelerate.commands.launch",
-    "--multi_gpu",
-    "--num_processes",
-    "2",
-    "--main_process_port",
-    "0",
+    *("-m", "accelerate.commands.launch"),
+    *("--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
 )
 NUM_SAMPLES = 24
 # Three batches: an odd number for two ranks.

@@ -102,14 +102,9 @@ def fidelity(cwd: Path, one: str, other: str) -> dict[str, float]:
     )
     # The default of KID, subsets of 1,000 pictures, is more than there are.
     arguments = f"--input1 {one} --input2 {other} --fid --kid --prc --kid-subset-size {NUM_SAMPLES} --rng-seed 0"
+    how = "--cpu --json --feature-extractor tiny --no-cache --save-cpu-ram"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            program,
-            *arguments.split(),
-            *["--cpu", "--json", "--feature-extractor", "tiny", "--no-cache", "--save-cpu-ram"],
-        ],
+        [sys.executable, "-c", program, *arguments.split(), *how.split()],
         cwd=cwd,
         env=environment() | {"PYTHONPATH": python_path()},
         **PIPES,

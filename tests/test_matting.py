@@ -25,7 +25,7 @@ def test_equal_mattes_have_no_error() -> None:
 
 def test_constant_difference_gives_sad_and_mse_in_closed_form() -> None:
     true = np.full((2, 20, 20), 0.5)
-    errors = matting_errors(true + [[[0.1]], [[0.2]]], true)
+    errors = matting_errors(true + np.array([0.1, 0.2])[:, None, None], true)
     for region in ("all", "unknown"):  # neither opaque nor transparent anywhere: all is unknown
         assert errors[region].sad == pytest.approx([0.1 * 400 / 1000, 0.2 * 400 / 1000])
         assert errors[region].mse == pytest.approx([0.01, 0.04])

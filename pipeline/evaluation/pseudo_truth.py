@@ -119,10 +119,15 @@ class MaskRcnn:
             ) from None
         self._network.to(device).eval().requires_grad_(False)
 
+    def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """Instances of ``images [b, 3, R, R]`` in [0, 1]: of each picture ``masks [n, 1, R, R]`` and ``scores [n]``."""
+        found: list[dict[str, Tensor]] = self._network(list(images))
+        return found
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         masks = []
-        for image, found in zip(images, self._network(list((images.clamp(-1, 1) + 1) / 2)), strict=True):
+        for image, found in zip(images, self.detect((images.clamp(-1, 1) + 1) / 2), strict=True):
             sure = found["masks"][found["scores"] >= MASK_RCNN_SCORE]
             masks.append(sure.amax(dim=0) if len(sure) else torch.zeros_like(image[:1]))
         return torch.stack(masks)
