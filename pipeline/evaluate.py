@@ -32,9 +32,18 @@ from pipeline.evaluation.features import (
 )
 from pipeline.evaluation.in_training import prepare_pseudo_truth
 from pipeline.evaluation.measure import Plan, measure_generated, measure_real, real_statistics
+from pipeline.evaluation.mlflow_run import log_to_mlflow
 from pipeline.evaluation.pictures import RealPictures
 from pipeline.evaluation.pseudo_truth import ALPHA, FITTED, Segmentation, load_segmentation
-from pipeline.evaluation.results import describe, generated_figures, real_figures, write_results, write_whole
+from pipeline.evaluation.report import render_report
+from pipeline.evaluation.results import (
+    as_metrics,
+    describe,
+    generated_figures,
+    real_figures,
+    write_results,
+    write_whole,
+)
 from pipeline.evaluation.tables import to_latex, to_markdown
 from pipeline.mask_metrics import MaskMetrics
 from pipeline.trained import TrainedRun, open_run, open_shards
@@ -135,13 +144,14 @@ def evaluate(arguments: Arguments, accelerator: Accelerator) -> None:
             statistics = real_statistics(
                 shard_set, pictures, extractor, plan, run.config.cache_dir, accelerator, keep_features=keep
             )
-        figures = []
+        measured, figures = [], []
         for psi in arguments.psi:
             generated = measure_generated(plan, psi, truths, extractor, accelerator, keep_features=keep)
             if generated is not None:
                 figures.append(
                     generated_figures(generated, statistics, extractor, arguments.image_metrics, seed=plan.seed)
                 )
+                measured.append(replace(generated, statistics={}))  # features of many samples are large
         others = {name: truth for name, truth in truths.items() if name != FITTED}
         real = measure_real(plan, shard_set, pictures, others, accelerator)
         if accelerator.is_main_process:
@@ -149,7 +159,8 @@ def evaluate(arguments: Arguments, accelerator: Accelerator) -> None:
                 "generated": figures,
                 "real": real_figures(real, fitted),
             }
-            _write(results, arguments, run)
+            report = render_report(results, measured, plan, truths)
+            _publish(results, report, arguments, run)
 
 
 def _open(arguments: Arguments, device: torch.device) -> TrainedRun:
@@ -208,14 +219,18 @@ def _extractor(arguments: Arguments, accelerator: Accelerator) -> tuple[Extracto
     return extractor, None
 
 
-def _write(results: dict[str, Any], arguments: Arguments, run: TrainedRun) -> None:
+def _publish(results: dict[str, Any], report: str, arguments: Arguments, run: TrainedRun) -> None:
+    """Write the files, log them to MLflow, and tell."""
     name = f"iteration-{run.iteration}-samples-{arguments.num_samples}"
     out = arguments.out or run.run_dir / "evaluation" / name
+    markdown = to_markdown(results)
     write_results(results, out / "evaluation.json")
-    write_whole(out / "tables.md", to_markdown(results))
+    write_whole(out / "tables.md", markdown)
     write_whole(out / "tables.tex", to_latex(results))
-    print((out / "tables.md").read_text())
-    print(f"results  {out}", flush=True)
+    write_whole(out / "report.html", report)
+    log_to_mlflow(run, as_metrics(results), sorted(out.iterdir()), f"evaluation/{name}")
+    print(markdown)
+    print(f"report   {out / 'report.html'}\nfigures  {out / 'evaluation.json'}, tables.md, tables.tex", flush=True)
 
 
 def _repeatable(arguments: Arguments) -> None:
