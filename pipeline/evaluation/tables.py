@@ -21,6 +21,7 @@ IMAGE_COLUMNS = {
     "generative_recall": "generative recall",
 }
 IN_THOUSANDTHS = ("mse", "kid", "kernel_distance")
+FORMATS = {"fid": ".2f", "generative_precision": ".3f", "generative_recall": ".3f"}
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _mask_cells(figures: Mapping[str, float], digits: int = 3) -> Sequence[str]:
 def _number(name: str, value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return ABSENT
-    return f"{value * 1000:.3f}" if name in IN_THOUSANDTHS else f"{value:.4g}"
+    return f"{value * 1000:.2f}" if name in IN_THOUSANDTHS else format(value, FORMATS.get(name, ".4f"))
 
 
 def _escape(text: str) -> str:
