@@ -51,6 +51,8 @@ from pipeline.trainer import make_accelerator
 
 logger = logging.getLogger(__name__)
 
+DESCRIPTION = "Measure a trained run as the paper measures: FID, masks against pseudo ground truth, matting errors."
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -108,7 +110,7 @@ class Arguments:
 def main() -> None:
     """Evaluate as the command line says."""
     with one_line_errors(passthrough=bool({"-h", "--help"} & set(sys.argv[1:]))):
-        arguments = tyro.cli(Arguments, prog=Path(sys.argv[0]).name, description=__doc__)
+        arguments = tyro.cli(Arguments, prog=Path(sys.argv[0]).name, description=DESCRIPTION)
     accelerator = make_accelerator()
     logging.basicConfig(
         level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s", force=True
@@ -197,6 +199,8 @@ def _truths(
             truths[FITTED], fitted = prepared.segmenter, prepared.held_out
         elif spec != ALPHA:
             name, truth = load_segmentation(spec, accelerator.device)
+            if name in truths:
+                raise UserError(f"--pseudo-gt {spec}: there is another {name} already, give each kind once")
             truths[name] = truth
     return truths, fitted
 

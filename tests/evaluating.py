@@ -36,12 +36,12 @@ def evaluate_in_process(cwd: Path, *arguments: str) -> Outcome:
     return run_in_process(evaluate.main, EVALUATE, cwd, *arguments)
 
 
-def evaluate_in_new_process(cwd: Path, *arguments: str, launcher: Sequence[str] = (), **env: str) -> Outcome:
+def evaluate_in_new_process(cwd: Path, *arguments: str, launcher: Sequence[str] = ()) -> Outcome:
     """The evaluation command as a user calls it, on the CPU."""
     done = subprocess.run(
         [sys.executable, *launcher, str(EVALUATE), *arguments],
         cwd=cwd,
-        env=environment() | {"PYTHONPATH": python_path()} | env,
+        env=environment() | {"PYTHONPATH": python_path()},
         **PIPES,
         timeout=300,
     )

@@ -151,9 +151,12 @@ def test_tables_tell_this_runs_rows_from_published_ones(cwd: Path) -> None:
             assert line.count("&") > 2
 
 
-def test_without_weights_and_network_all_else_is_measured_and_one_line_says_so(cwd: Path) -> None:
-    offline = {"TORCH_HOME": str(cwd / "empty"), "https_proxy": "http://127.0.0.1:9"}
-    outcome = evaluate_in_new_process(cwd, *SMALL, "--out", "offline", **offline)
+def test_without_weights_and_network_all_else_is_measured_and_one_line_says_so(
+    cwd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(cwd / "empty"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    outcome = evaluate_in_process(cwd, *SMALL, "--out", "offline")
     assert outcome.code == 0, outcome.err
     told = [line for line in outcome.err.splitlines() if "--inception-weights FILE" in line]
     assert len(told) == 1 and told[0].startswith("no FID, KID or other distance of pictures:")
@@ -184,6 +187,7 @@ def test_shards_without_alpha_give_distances_alone(cwd: Path) -> None:
         ("--run run --pseudo-gt u2netp", ("u2netp needs its weights", "u2netp=FILE")),
         ("--run run --pseudo-gt u2netp=none.onnx", ("none.onnx", "does not exist")),
         ("--run run --pseudo-gt nowhere:network", ("nowhere",)),
+        ("--run run --pseudo-gt networks:brightness networks:brightness", ("another brightness", "once")),
         ("--run run --inception-weights none.pth", ("none.pth", "does not exist")),
         ("--run run --features none", ("none is unknown",)),
         ("--run run --data none", ("none", "does not exist")),

@@ -70,10 +70,10 @@ def unknown_band(true: Floats) -> NDArray[np.bool_]:
     A pixel is known where the whole square around it is opaque, or the whole of it transparent.
     """
     radius = max(1, round(true.shape[-1] * BAND_SHARE))
-    square = np.ones((1, 2 * radius + 1, 2 * radius + 1), np.bool_)
+    square = (1, 2 * radius + 1, 2 * radius + 1)
     known = np.zeros(true.shape, np.bool_)
     for certain in (true >= OPAQUE, true <= TRANSPARENT):
-        known |= ndimage.binary_erosion(certain, square, border_value=1)
+        known |= ndimage.minimum_filter(certain, square, mode="nearest")
     return ~known
 
 

@@ -135,17 +135,19 @@ def _strips(
     samples: Sequence[int], generated: Generated, plan: Plan, truth: tuple[str, Segmentation] | None
 ) -> tuple[Strip, ...]:
     out = generate(plan.run, samples, psi=generated.psi, seed=plan.seed)
+    mask = (out.mask > plan.threshold)[:, 0].cpu().numpy()
     true = None if truth is None else (truth[1](out.foreground) > plan.threshold)[:, 0].cpu().numpy()
     strips = []
     for i, sample in enumerate(samples):
         caption = f"#{sample} · area {generated.areas[sample]:.0%}"
         if truth is not None:
             caption = f"#{sample} · mIoU {generated.scores[truth[0]].miou[sample]:.3f} · {caption.split(' · ')[1]}"
-        strips.append(Strip(caption, _tiles(out, i, None if true is None else true[i], plan.threshold)))
+        strips.append(Strip(caption, _tiles(out, i, mask[i], None if true is None else true[i])))
     return tuple(strips)
 
 
-def _tiles(out: GeneratorOutput, i: int, true: NDArray[np.bool_] | None, threshold: float) -> tuple[Tile, ...]:
+def _tiles(out: GeneratorOutput, i: int, mask: NDArray[np.bool_], true: NDArray[np.bool_] | None) -> tuple[Tile, ...]:
+    """Pictures of sample `i`; its mask and that of the pseudo ground truth are thresholded."""
     foreground, composite = (
         to_uint8(images[i : i + 1])[0].permute(1, 2, 0).cpu().numpy() for images in (out.foreground, out.composite)
     )
@@ -153,7 +155,7 @@ def _tiles(out: GeneratorOutput, i: int, true: NDArray[np.bool_] | None, thresho
     cutout = np.dstack([foreground, alpha])
     tiles = [Tile("foreground", _uri(foreground)), Tile("alpha", _uri(alpha))]
     if true is not None:
-        tiles.append(Tile("overlay", _uri(_overlay(foreground, alpha > threshold * 255, true))))
+        tiles.append(Tile("overlay", _uri(_overlay(foreground, mask, true))))
     return (
         *tiles,
         Tile("cut-out", _uri(cutout), "cutout"),
