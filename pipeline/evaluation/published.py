@@ -78,4 +78,7 @@ FID = {
     "ffhq": {"PSeg": 62.44, "Labels4Free": 6.51, "FurryGAN": 8.72},
     "afhqv2_cat": {"PSeg": 12.71, "Labels4Free": 5.19, "FurryGAN": 6.34},
 }
-"""Of foregrounds at psi 1.0, 50,000 samples."""
+"""Of foregrounds at psi 1.0."""
+
+NUM_SAMPLES = 50_000
+"""Generated for each of the figures."""

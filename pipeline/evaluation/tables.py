@@ -144,6 +144,9 @@ def _images(results: Mapping[str, Any]) -> Table:
             f"pictures, not mirrored; features of {features['extractor']}, layer {features['layer']}; resize "
             f"{features['resize']}."
         )
+        if results["settings"]["num_samples"] < published.NUM_SAMPLES:
+            note += " Fewer samples raise a Fréchet distance: compare with as many only"
+            note += f" (the paper has {published.NUM_SAMPLES:,})."
         if features["is_inception"] and "fid" in names:
             for method, fid in published.FID.get(dataset, {}).items():
                 blank = (ABSENT,) * (len(names) - 1)
