@@ -32,6 +32,21 @@ class MaskMetrics:
     f1: float
     accuracy: float
 
+    @classmethod
+    def from_counts(cls, counts: Tensor) -> "MaskMetrics":
+        """The figures of ``counts [4]``: true positives, false positives, false negatives, true negatives."""
+        tp, fp, fn, tn = (float(c) for c in counts)
+        iou_fg, iou_bg = _ratio(tp, tp + fp + fn), _ratio(tn, tn + fp + fn)
+        return cls(
+            iou_fg=iou_fg,
+            iou_bg=iou_bg,
+            miou=(iou_fg + iou_bg) / 2,
+            precision=_ratio(tp, tp + fp),
+            recall=_ratio(tp, tp + fn),
+            f1=_ratio(2 * tp, 2 * tp + fp + fn),
+            accuracy=_ratio(tp + tn, tp + fp + fn + tn),
+        )
+
     def named(self, prefix: str) -> dict[str, float]:
         """Flat metric names, such as ``mask/iou_fg``."""
         return {f"{prefix}/{name}": value for name, value in asdict(self).items()}
@@ -50,25 +65,25 @@ class MaskCounter:
 
     def add(self, predicted: Tensor, true: Tensor) -> None:
         """Count a batch; both in [0, 1] and of one shape."""
-        if predicted.shape != true.shape:
-            raise ValueError(f"masks of shape {tuple(predicted.shape)} and {tuple(true.shape)} cannot be compared")
-        p, t = predicted > self.threshold, true > self.threshold
-        counts = torch.stack([(p & t).sum(), (p & ~t).sum(), (~p & t).sum(), (~p & ~t).sum()])
-        self._counts += counts.cpu()
+        self._counts += confusion_counts(predicted, true, self.threshold).sum(dim=0)
 
     def metrics(self) -> MaskMetrics:
         """The figures of all that was counted."""
-        tp, fp, fn, tn = (float(c) for c in self._counts)
-        iou_fg, iou_bg = _ratio(tp, tp + fp + fn), _ratio(tn, tn + fp + fn)
-        return MaskMetrics(
-            iou_fg=iou_fg,
-            iou_bg=iou_bg,
-            miou=(iou_fg + iou_bg) / 2,
-            precision=_ratio(tp, tp + fp),
-            recall=_ratio(tp, tp + fn),
-            f1=_ratio(2 * tp, 2 * tp + fp + fn),
-            accuracy=_ratio(tp + tn, tp + fp + fn + tn),
-        )
+        return MaskMetrics.from_counts(self._counts)
+
+
+def confusion_counts(predicted: Tensor, true: Tensor, threshold: float) -> Tensor:
+    """True positives, false positives, false negatives and true negatives of each mask, int64 ``[B, 4]`` on the CPU.
+
+    Args:
+        predicted: ``[B, ...]`` in [0, 1].
+        true: of the same shape, in [0, 1].
+        threshold: a value above it is foreground.
+    """
+    if predicted.shape != true.shape:
+        raise ValueError(f"masks of shape {tuple(predicted.shape)} and {tuple(true.shape)} cannot be compared")
+    p, t = ((mask > threshold).reshape(len(mask), -1) for mask in (predicted, true))
+    return torch.stack([(p & t).sum(1), (p & ~t).sum(1), (~p & t).sum(1), (~p & ~t).sum(1)], dim=1).cpu()
 
 
 def _ratio(numerator: float, denominator: float) -> float:

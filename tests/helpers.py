@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,21 @@ class Outcome:
 
 def train_in_process(cwd: Path, *arguments: str) -> Outcome:
     """The training command on one rank, without the seconds that a new process takes to import torch."""
+    return run_in_process(train.main, TRAIN, cwd, *arguments)
+
+
+def run_in_process(main: Callable[[], None], script: Path, cwd: Path, *arguments: str) -> Outcome:
+    """A command on one rank in this process."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         _own_state(),
         contextlib.chdir(cwd),
-        mock.patch.object(sys, "argv", [str(TRAIN), *arguments]),
+        mock.patch.object(sys, "argv", [str(script), *arguments]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
-            run_command(train.main)
+            run_command(main)
         except SystemExit as end:
             code = int(end.code or 0)
     return Outcome(code, out.getvalue(), err.getvalue())

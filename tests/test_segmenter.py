@@ -13,10 +13,9 @@ from data_shards.shard_set import ShardSet
 from data_shards.writer import write_shards
 from models.discriminator import Discriminator
 from models.widths import Widths
-from pipeline import evaluation
 from pipeline.config import Config
 from pipeline.config_io import config_from_dict
-from pipeline.evaluation import prepare_pseudo_truth, real_mask_prediction_metrics
+from pipeline.evaluation import in_training, prepare_pseudo_truth, real_mask_prediction_metrics
 from pipeline.mask_metrics import MaskCounter
 from pipeline.segmenter import MAX_RESOLUTION, Segmenter, fit_segmenter, shrink
 
@@ -129,7 +128,7 @@ def test_cached_segmenter_is_the_fitted_one(tmp_path: Path, monkeypatch: pytest.
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("fitted again")
 
-    monkeypatch.setattr(evaluation, "fit_segmenter", fail)
+    monkeypatch.setattr(in_training, "fit_segmenter", fail)
     cached = prepare_pseudo_truth(shard_set, config, CPU, progress=False)
     assert cached.held_out == fitted.held_out
     assert_same_bits(dict(cached.segmenter.state_dict()), dict(fitted.segmenter.state_dict()))

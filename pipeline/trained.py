@@ -1,0 +1,115 @@
+"""A trained run, opened to be looked at: its configuration, its networks as they are used, its data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_shards.builtin import furballs_shards
+from data_shards.errors import UserError
+from data_shards.shard_set import ShardSet
+from models.discriminator import Discriminator
+from models.generator import FurryGenerator
+from models.widths import Widths
+from pipeline.checkpoints import BEST, list_checkpoints, load_checkpoint
+from pipeline.cli import CONFIG_FILE
+from pipeline.config import Config
+from pipeline.config_io import config_from_dict, load_config
+from pipeline.schedules import linear_ramp
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a checkpoint holds of a run.
+
+    Attributes:
+        run_dir: of the run.
+        config: it was trained with.
+        checkpoint: file that was read.
+        generator: average of G, in evaluation mode.
+        discriminator: D, in evaluation mode.
+        iteration: of the checkpoint.
+        images_seen: by then.
+        tracker_run_id: its MLflow run, if any.
+    """
+
+    run_dir: Path
+    config: Config
+    checkpoint: Path
+    generator: FurryGenerator
+    discriminator: Discriminator
+    iteration: int
+    images_seen: int
+    tracker_run_id: str | None
+
+    @property
+    def fade_in(self) -> float:
+        """Gamma of Eq. 3 at the checkpoint."""
+        return linear_ramp(self.iteration, 0.0, 1.0, self.config.loss.fade_in_iterations)
+
+
+def open_run(run_dir: Path, checkpoint: str, device: torch.device) -> TrainedRun:
+    """Read a checkpoint of a run; nothing of it is changed.
+
+    Args:
+        run_dir: of the run.
+        checkpoint: "best", "latest", or the path of a checkpoint.
+        device: for the networks.
+
+    Raises:
+        UserError: there is no run, no checkpoint, or the checkpoint cannot be read.
+    """
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise UserError(f"--run {run_dir}: there is no {CONFIG_FILE} in it, so it is not a run directory")
+    config = config_from_dict(load_config(run_dir / CONFIG_FILE))
+    path = _find_checkpoint(run_dir, checkpoint)
+    state = load_checkpoint(path)
+    model = config.model
+    widths = Widths(model.channel_base, model.channel_max)
+    generator = FurryGenerator(config.resolution, widths, z_dim=model.z_dim, z_dim_background=model.z_dim_background)
+    discriminator = Discriminator(config.resolution, widths)
+    try:
+        generator.load_state_dict(state["ema"])
+        discriminator.load_state_dict(state["discriminator"])
+    except (KeyError, RuntimeError):
+        raise UserError(f"checkpoint {path} is not of the run that {run_dir / CONFIG_FILE} describes") from None
+    return TrainedRun(
+        run_dir=run_dir,
+        config=config,
+        checkpoint=path,
+        generator=generator.to(device).eval().requires_grad_(False),
+        discriminator=discriminator.to(device).eval().requires_grad_(False),
+        iteration=state["iteration"],
+        images_seen=state["images_seen"],
+        tracker_run_id=state.get("tracker_run_id"),
+    )
+
+
+def _find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
+    directory = run_dir / "checkpoints"
+    if checkpoint not in ("best", "latest"):
+        path = Path(checkpoint)
+        if not path.is_file():
+            raise UserError(f"--checkpoint {path} does not exist: give best, latest, or a file of {directory}")
+        return path
+    found = list_checkpoints(directory)
+    if checkpoint == "best" and (directory / BEST).is_file():
+        return directory / BEST
+    if not found:
+        raise UserError(f"there is no checkpoint in {directory} yet: train to the first one, or choose another --run")
+    return found[0]
+
+
+def open_shards(config: Config) -> ShardSet:
+    """The pictures that a run was trained on; furballs are drawn where they are not there any more.
+
+    Raises:
+        UserError: they are missing or broken.
+    """
+    if config.data is not None:
+        path = Path(config.data)
+    else:
+        path = furballs_shards(
+            config.cache_dir, resolution=config.resolution, num_images=config.num_images, seed=0, progress=True
+        )
+    return ShardSet.open(path, resolution=config.resolution)
