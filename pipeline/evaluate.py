@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from data_shards.shard_set import ShardSet
+from pipeline.data import open_shards
 from pipeline.evaluation.features import (
     INCEPTION,
     Extractor,
@@ -46,7 +47,7 @@ from pipeline.evaluation.results import (
 )
 from pipeline.evaluation.tables import to_latex, to_markdown
 from pipeline.mask_metrics import MaskMetrics
-from pipeline.trained import TrainedRun, open_run, open_shards
+from pipeline.trained import TrainedRun, open_run
 from pipeline.trainer import make_accelerator
 
 logger = logging.getLogger(__name__)
@@ -125,10 +126,8 @@ def main() -> None:
 def evaluate(arguments: Arguments, accelerator: Accelerator) -> None:
     """Measure, and write what was found."""
     run = _open(arguments, accelerator.device)
-    with accelerator.main_process_first():
-        shard_set = open_shards(run.config)
     with (
-        contextlib.closing(shard_set),
+        contextlib.closing(open_shards(run.config, accelerator)) as shard_set,
         contextlib.closing(RealPictures(shard_set, num_threads=torch.get_num_threads())) as pictures,
     ):
         truths, fitted = _truths(arguments, run, shard_set, accelerator)
@@ -189,7 +188,7 @@ def _truths(
     for spec in specs:
         if spec in (FITTED, ALPHA) and not shard_set.has_alpha:
             raise UserError(
-                f"--pseudo-gt {spec} needs true alpha, and {shard_set.path} has none: give a network's file"
+                f"--pseudo-gt {spec} needs true alpha, and {shard_set.root} has none: give a network's file"
             )
         if spec == FITTED:
             with accelerator.local_main_process_first():

@@ -14,17 +14,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from data_shards.builtin import furballs_shards
 from data_shards.command import run_command
 from data_shards.errors import UserError
 from data_shards.loader import Loader, make_loader
 from data_shards.order import GROUP_SIZE
-from data_shards.shard_cache import ShardCache
 from data_shards.shard_set import ShardSet
 from pipeline.callbacks import Checkpoints, Progress, SampleGrids, summarise
 from pipeline.checkpoints import BEST
 from pipeline.cli import parse_config
 from pipeline.config import Config
+from pipeline.data import open_shards
 from pipeline.evaluation import prepare_pseudo_truth
 from pipeline.run_directory import check_same_run, load_newest_whole, name_run, write_config, write_summary
 from pipeline.tracking import Trackers, make_tracker
@@ -59,7 +58,7 @@ def train(config: Config, accelerator: Accelerator) -> None:
             f"batch {config.batch} does not divide among {ranks} processes in groups of {GROUP_SIZE}: "
             f"give a multiple of {GROUP_SIZE * ranks}"
         )
-    with contextlib.closing(_open_shards(config, accelerator)) as shard_set:
+    with contextlib.closing(open_shards(config, accelerator)) as shard_set:
         loader = _make_loader(config, shard_set, accelerator)
         try:
             _train_on(shard_set, loader, config, accelerator)
@@ -118,24 +117,6 @@ def _train_on(shard_set: ShardSet, loader: Loader, config: Config, accelerator: 
             write_summary(summary, run_dir)
             tracker.close(summary)
             _tell(config, summary)
-
-
-def _open_shards(config: Config, accelerator: Accelerator) -> ShardSet:
-    if config.data is not None:
-        cache = ShardCache(config.cache_dir / "fetched", max_bytes=int(config.fetched_gb * 1e9))
-        shard_set = ShardSet.open(config.data, resolution=config.resolution, cache=cache)
-        if config.verify_data:
-            shard_set.verify(part=accelerator.local_process_index, parts=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        return shard_set
-    with accelerator.main_process_first():
-        path = furballs_shards(
-            config.cache_dir,
-            resolution=config.resolution,
-            num_images=config.num_images,
-            seed=0,
-            progress=accelerator.is_main_process,
-        )
-    return ShardSet.open(path, resolution=config.resolution)
 
 
 @contextlib.contextmanager

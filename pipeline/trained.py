@@ -1,13 +1,11 @@
-"""A trained run, opened to be looked at: its configuration, its networks as they are used, its data."""
+"""A trained run, opened to be looked at: its configuration, its networks as they are used."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data_shards.builtin import furballs_shards
 from data_shards.errors import UserError
-from data_shards.shard_set import ShardSet
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from models.widths import Widths
@@ -98,18 +96,3 @@ def _find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
     if not found:
         raise UserError(f"there is no checkpoint in {directory} yet: train to the first one, or choose another --run")
     return found[0]
-
-
-def open_shards(config: Config) -> ShardSet:
-    """The pictures that a run was trained on; furballs are drawn where they are not there any more.
-
-    Raises:
-        UserError: they are missing or broken.
-    """
-    if config.data is not None:
-        path = Path(config.data)
-    else:
-        path = furballs_shards(
-            config.cache_dir, resolution=config.resolution, num_images=config.num_images, seed=0, progress=True
-        )
-    return ShardSet.open(path, resolution=config.resolution)
