@@ -20,6 +20,8 @@ from pipeline.background import Background
 from pipeline.config import Config
 from pipeline.config_io import config_to_dict, flatten
 
+SQLITE = "sqlite:///"
+
 
 class Tracker(Protocol):
     """Takes what a run has to tell."""
@@ -90,9 +92,9 @@ class MlflowTracker:
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it reports each table that it makes
         self._metric = Metric
-        uri = config.log.tracking_uri
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        uri = absolute_uri(config.log.tracking_uri)
+        if uri.startswith(SQLITE):
+            Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
         self._client = MlflowClient(tracking_uri=uri)
         if run_id is not None:
             try:
@@ -156,14 +158,19 @@ def make_tracker(config: Config, run_dir: Path, *, iteration: int, run_id: str |
     return Trackers(*trackers)
 
 
+def absolute_uri(uri: str) -> str:
+    """The address of an MLflow store from anywhere: MLflow keeps a database open by its name, which may be relative."""
+    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
+
+
 def _experiment_id(client: Any, config: Config) -> str:
     experiment = client.get_experiment_by_name(config.log.experiment)
     if experiment is not None:
         return str(experiment.experiment_id)
-    uri, location = config.log.tracking_uri, None
-    if uri.startswith("sqlite:///"):
+    uri, location = absolute_uri(config.log.tracking_uri), None
+    if uri.startswith(SQLITE):
         # Beside the database: MLflow's own default is ./mlruns of whoever calls.
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts").absolute().as_uri()
+        location = (Path(uri.removeprefix(SQLITE)).parent / "mlflow-artifacts").as_uri()
     # The kind opens MLflow's pages for trained models; else they are those for conversations with language models.
     tags = {"mlflow.experimentKind": "custom_model_development"}
     return str(client.create_experiment(config.log.experiment, artifact_location=location, tags=tags))

@@ -199,7 +199,7 @@ def test_mlflow_holds_parameters_metrics_and_pictures(
 
     cwd, _ = launched
     monkeypatch.chdir(cwd)
-    client = MlflowClient(tracking_uri="sqlite:///runs/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'runs' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("furrygan")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == (run_dir.name, "FINISHED")

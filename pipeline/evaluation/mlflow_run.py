@@ -5,11 +5,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.tracking import SQLITE, absolute_uri
 from pipeline.trained import TrainedRun
 
 logger = logging.getLogger(__name__)
-
-SQLITE = "sqlite:///"
 
 
 def log_to_mlflow(run: TrainedRun, metrics: dict[str, float], files: Sequence[Path], folder: str) -> None:
@@ -33,7 +32,7 @@ def log_to_mlflow(run: TrainedRun, metrics: dict[str, float], files: Sequence[Pa
     from mlflow.exceptions import MlflowException
     from mlflow.utils.time import get_current_time_millis
 
-    client = MlflowClient(tracking_uri=uri)
+    client = MlflowClient(tracking_uri=absolute_uri(uri))
     now = get_current_time_millis()
     rows = [Metric(name, value, now, run.images_seen) for name, value in metrics.items()]
     try:
