@@ -5,8 +5,10 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +144,7 @@ def tiny_trainer(cache: Path, **overrides: Any) -> Iterator[Trainer]:
     """A trainer on one rank, without the command around it."""
     config = config_from_dict(merge(TINY, overrides))
     with _own_state():
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(600.0)
         shard_set = ShardSet.open(furballs(cache), resolution=config.resolution)
         loader = make_loader(
             config.loader,
@@ -197,3 +199,42 @@ def write_noise(out: Path, resolution: int, *, with_alpha: bool = False, num: in
     samples = (Sample(image, image[..., 0].copy() if with_alpha else None) for image in noise)
     write_shards(samples, out, resolution=resolution, source={})
     return out
+
+
+@contextlib.contextmanager
+def training(
+    cwd: Path, *arguments: str, launcher: Sequence[str] = (), num_rows: int = 2
+) -> Iterator[subprocess.Popen[str]]:
+    """The training command in the middle of its work: `num_rows` steps are logged in ``cwd/run``.
+
+    What it says is in ``cwd/out`` and ``cwd/err``.
+    """
+    with (cwd / "out").open("w") as out, (cwd / "err").open("w") as err:
+        process = subprocess.Popen(
+            command(*arguments, launcher=launcher), cwd=cwd, env=environment(), stdout=out, stderr=err, text=True
+        )
+    try:
+        metrics = cwd / "run" / "metrics.jsonl"
+        while process.poll() is None and (not metrics.exists() or len(training_rows(cwd / "run")) < num_rows):
+            time.sleep(0.05)
+        assert process.poll() is None, (cwd / "err").read_text()
+        yield process
+    finally:
+        for pid in [*children(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a launcher has started: its ranks, in order."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def ended(process: subprocess.Popen[str], cwd: Path, timeout_s: float = 60) -> Outcome:
+    """How a command of `training` ends."""
+    code = process.wait(timeout_s)
+    return Outcome(code, (cwd / "out").read_text(), (cwd / "err").read_text())
