@@ -27,6 +27,7 @@ from pipeline.cli import parse_config
 from pipeline.config import Config
 from pipeline.evaluation import prepare_pseudo_truth
 from pipeline.interrupt import Interrupt, Interrupted
+from pipeline.roll_call import ranks_named
 from pipeline.run_directory import check_same_run, load_newest_whole, name_run, write_config, write_summary
 from pipeline.tracking import Trackers, make_tracker
 from pipeline.trainer import Trainer, make_accelerator
@@ -68,7 +69,8 @@ def train(config: Config, accelerator: Accelerator, interrupt: Interrupt) -> Non
     with contextlib.closing(_open_shards(config, accelerator)) as shard_set:
         loader = _make_loader(config, shard_set, accelerator)
         try:
-            _train_on(shard_set, loader, config, accelerator, interrupt)
+            with ranks_named():
+                _train_on(shard_set, loader, config, accelerator, interrupt)
         finally:
             shard_set.close()  # first: it ends what the loader's threads may be waiting for
             loader.close()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,18 +92,35 @@ def train_in_process(cwd: Path, *arguments: str) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def train_in_new_process(cwd: Path, *arguments: str, launcher: Sequence[str] = ()) -> Outcome:
+def train_in_new_process(cwd: Path, *arguments: str, launcher: Sequence[str] = (), script: Path = TRAIN) -> Outcome:
     """The training command as a user calls it, on the CPU; `launcher` goes between python and the script."""
-    done = subprocess.run(command(*arguments, launcher=launcher), cwd=cwd, env=environment(), **PIPES, timeout=300)
+    done = subprocess.run(
+        command(*arguments, launcher=launcher, script=script), cwd=cwd, env=environment(), **PIPES, timeout=300
+    )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 PIPES: dict[str, Any] = {"capture_output": True, "text": True}
 
 
-def command(*arguments: str, launcher: Sequence[str] = ()) -> list[str]:
+def command(*arguments: str, launcher: Sequence[str] = (), script: Path = TRAIN) -> list[str]:
     """The command line of `train_in_new_process`."""
-    return [sys.executable, *launcher, str(TRAIN), *arguments]
+    return [sys.executable, *launcher, str(script), *arguments]
+
+
+def patched(cwd: Path, patch: str) -> Path:
+    """A script that is the training command, after the lines of `patch` have spoilt something on one of its ranks."""
+    lines = [
+        "import os, torch",
+        "from data_shards.command import run_command",
+        "from pipeline import train",
+        "RANK = int(os.environ['RANK'])",
+        textwrap.dedent(patch),
+        "run_command(train.main)",
+    ]
+    script = cwd / "train.py"
+    script.write_text("\n".join(lines))
+    return script
 
 
 def environment() -> dict[str, str]:
