@@ -186,6 +186,7 @@ class Checkpoints:
 
     def _save(self, trainer: Trainer, measured: dict[str, float]) -> None:
         self._last = trainer.iteration
+        trainer.refuse_drift()
         if self._tracker is not None:
             self._background.wait()  # no more than one copy of the run in memory
             if measured:

@@ -46,6 +46,15 @@ class Agreement:
         work.wait()
         return int(said)
 
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """`x` of every rank, on the CPU. This one waits for the ranks, and for their GPUs."""
+        x = x.cpu()
+        if self._group is None:
+            return [x]
+        gathered = [torch.empty_like(x) for _ in range(num_ranks())]
+        dist.all_gather(gathered, x, self._group)
+        return gathered
+
 
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod

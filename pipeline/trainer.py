@@ -15,6 +15,7 @@ from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from pipeline.config import Config
 from pipeline.distributed import Agreement
+from pipeline.drift import refuse_drift
 from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.learner import Learner
 from pipeline.metrics import MetricMeter
@@ -101,10 +102,13 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: a loss term became NaN or infinite.
+            DriftError: the ranks no longer hold the same weights.
             Interrupted: on all ranks after the same iteration, that of the signal or the next.
         """
         while self.iteration < self.config.steps:
             self.step()
+            if is_due(self.iteration, self.config.drift_interval):
+                self.refuse_drift()
             for callback in callbacks:
                 callback.on_step(self)
             if signal_number := self._agreement.greatest(interrupt.signal_number):
@@ -124,6 +128,15 @@ class Trainer:
                 self._measure(phase, self.learner.run(phase, self.iteration, images, self._slots))
         self.learner.update_ema(self.images_seen)
         self.iteration += 1
+
+    def refuse_drift(self) -> None:
+        """Compare weights, buffers and average over the ranks.
+
+        Raises:
+            DriftError: on all ranks, where one differs.
+        """
+        networks = {"generator": self.generator, "discriminator": self.discriminator, "ema": self.ema}
+        refuse_drift(networks, self._agreement, self.iteration)
 
     def _measure(self, phase: Phase, result: PhaseResult) -> None:
         for name, value in result.terms.items():
