@@ -165,27 +165,34 @@ class Checkpoints:
 
     def on_step(self, trainer: Trainer) -> None:
         if is_due_by_images(trainer, trainer.config.log.checkpoint_interval_images):
-            final = trainer.iteration == trainer.config.steps
-            self._save(trainer, final=final)
+            evaluation, final = trainer.config.evaluation, trainer.iteration == trainer.config.steps
+            num_samples = evaluation.num_samples_final if final else evaluation.num_samples
+            self._save(trainer, self._measure(trainer, num_samples))
 
     def on_end(self, trainer: Trainer) -> None:
         if self._last != trainer.iteration:
-            self._save(trainer, final=True)
+            self._save(trainer, self._measure(trainer, trainer.config.evaluation.num_samples_final))
+        self._background.wait()
+
+    def on_interrupt(self, trainer: Trainer) -> None:
+        """Save without measuring: whoever interrupts may not wait for long."""
+        if self._last != trainer.iteration:
+            self._save(trainer, {})
         self._background.wait()
 
     def close(self) -> None:
         """Finish writing."""
         self._background.close()
 
-    def _save(self, trainer: Trainer, *, final: bool) -> None:
+    def _save(self, trainer: Trainer, measured: dict[str, float]) -> None:
         self._last = trainer.iteration
+        trainer.refuse_drift()
         if self._tracker is not None:
             self._background.wait()  # no more than one copy of the run in memory
-            evaluation = trainer.config.evaluation
-            self.metrics = self._measure(trainer, evaluation.num_samples_final if final else evaluation.num_samples)
-            if self.metrics:
-                self._tracker.log_metrics(self.metrics, iteration=trainer.iteration, images_seen=trainer.images_seen)
-            miou = self.metrics.get("mask/miou", 0.0)
+            if measured:
+                self.metrics = measured
+                self._tracker.log_metrics(measured, iteration=trainer.iteration, images_seen=trainer.images_seen)
+            miou = measured.get("mask/miou", 0.0)
             if not math.isfinite(miou):
                 miou = 0.0
             is_best = miou >= self.best_miou or not (self._directory / BEST).is_file()
@@ -209,7 +216,7 @@ class Checkpoints:
 
     def _measure(self, trainer: Trainer, num_samples: int) -> dict[str, float]:
         truth, config = self._pseudo_truth, trainer.config
-        if truth is None:
+        if truth is None or self._tracker is None:
             return {}
         generated = generated_mask_metrics(
             trainer.ema,

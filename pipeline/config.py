@@ -179,6 +179,10 @@ class Config(_Section):
     """Compile the networks with torch.compile: minutes at the start for faster steps. R1 is never compiled."""
     num_threads: CountOrZero = 0
     """CPU threads of a process; 0 shares the cores among the processes of this machine."""
+    collective_timeout_s: Annotated[int, Bounds(1, 1e6)] = 600
+    """Seconds that a rank waits for one that neither answers nor is known to be gone, before it ends."""
+    drift_interval: Count = 500
+    """Iterations between comparisons of the ranks' weights, which must be equal; each checkpoint is preceded by one."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes of the networks."""
     loss: LossConfig = field(default_factory=LossConfig)

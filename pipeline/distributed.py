@@ -1,10 +1,59 @@
-"""Sums over the ranks that `accelerate` has no word for."""
+"""What the ranks tell each other that `accelerate` has no word for."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+
+def num_ranks() -> int:
+    """Processes of the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class Agreement:
+    """Lets all ranks learn at the same step what one of them has to say.
+
+    The hosts talk over gloo: no GPU is waited for. Nor is a rank: what is said at one step is read at the next.
+
+    Args:
+        timeout_s: seconds to wait for a rank that does not answer.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._group: Any = None
+        if num_ranks() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._said: tuple[Tensor, Any] | None = None
+
+    def greatest(self, value: int) -> int:
+        """The greatest value over the ranks in the former call, 0 in the first; on one rank `value` itself."""
+        if self._group is None:
+            return value
+        former = self.last()
+        said = torch.tensor(value)
+        self._said = (said, dist.all_reduce(said, dist.ReduceOp.MAX, self._group, async_op=True))
+        return former
+
+    def last(self) -> int:
+        """The greatest value of the last call, 0 if there was none."""
+        if self._said is None:
+            return 0
+        said, work = self._said
+        self._said = None
+        work.wait()
+        return int(said)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """`x` of every rank, on the CPU. This one waits for the ranks, and for their GPUs."""
+        x = x.cpu()
+        if self._group is None:
+            return [x]
+        gathered = [torch.empty_like(x) for _ in range(num_ranks())]
+        dist.all_gather(gathered, x, self._group)
+        return gathered
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -25,16 +74,16 @@ class _AllReduceSum(torch.autograd.Function):
 def global_mean(x: Tensor) -> Tensor:
     """Mean of all elements over all ranks, a scalar that carries gradients to each of them; ranks hold equally many."""
     mean = x.mean()
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if num_ranks() == 1:
         return mean
     total: Tensor = _AllReduceSum.apply(mean)
-    return total / dist.get_world_size()
+    return total / num_ranks()
 
 
 def global_batch_mean(x: Tensor) -> Tensor:
     """Mean over the first dimension and all ranks, ``[b, D] -> [D]``, without gradients."""
     mean = x.detach().mean(dim=0)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if num_ranks() > 1:
         dist.all_reduce(mean)
-        mean /= dist.get_world_size()
+        mean /= num_ranks()
     return mean

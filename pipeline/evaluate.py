@@ -108,11 +108,15 @@ class Arguments:
             raise UserError(f"--seed {self.seed} is impossible: give 0 to {2**32 - 1}")
 
 
+PATIENCE_S = 1800.0
+"""For the other ranks, which wait while one downloads weights or draws the report, seconds."""
+
+
 def main() -> None:
     """Evaluate as the command line says."""
     with one_line_errors(passthrough=bool({"-h", "--help"} & set(sys.argv[1:]))):
         arguments = tyro.cli(Arguments, prog=Path(sys.argv[0]).name, description=DESCRIPTION)
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(PATIENCE_S)
     logging.basicConfig(
         level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s", force=True
     )

@@ -79,7 +79,7 @@ class FiniteGuard:
             *finite, gradient_finite = check.finite.tolist()
             broken = [name for name, ok in zip(check.losses, finite, strict=True) if not ok]
             if broken or not gradient_finite:
-                what = f"loss {' and '.join(broken)}" if broken else f"gradient of {check.phase}"
+                what = f"loss {' and '.join(broken)}" if broken else f"averaged gradient of {check.phase}"
                 raise NonFiniteLossError(
                     f"{what} is not finite at iteration {check.iteration}; "
                     "its step was not taken, and the last checkpoint is whole: go on from there with a lower "

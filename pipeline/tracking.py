@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
@@ -21,6 +21,9 @@ from pipeline.config import Config
 from pipeline.config_io import config_to_dict, flatten
 
 SQLITE = "sqlite:///"
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+"""How a run ended, in MLflow's words. One that was killed may go on later."""
 
 
 class Tracker(Protocol):
@@ -36,8 +39,8 @@ class Tracker(Protocol):
     def log_image(self, image: Image.Image, key: str, *, images_seen: int) -> None:
         """A picture of a series named `key`."""
 
-    def close(self, summary: dict[str, float] | None) -> None:
-        """End the run; without a summary it counts as broken off."""
+    def close(self, status: Status, summary: dict[str, float] | None = None) -> None:
+        """End the run, with its final figures if it has any."""
 
 
 class JsonlTracker:
@@ -70,7 +73,7 @@ class JsonlTracker:
     def log_image(self, image: Image.Image, key: str, *, images_seen: int) -> None:
         image.save(self._samples / f"{key}-{images_seen:010d}.png")
 
-    def close(self, summary: dict[str, float] | None) -> None:
+    def close(self, status: Status, summary: dict[str, float] | None = None) -> None:
         pass
 
 
@@ -119,10 +122,10 @@ class MlflowTracker:
     def log_image(self, image: Image.Image, key: str, *, images_seen: int) -> None:
         self._client.log_image(self.run_id, image, key=key, step=images_seen, synchronous=True)
 
-    def close(self, summary: dict[str, float] | None) -> None:
+    def close(self, status: Status, summary: dict[str, float] | None = None) -> None:
         if summary is not None:
             self._client.log_dict(self.run_id, summary, "summary.json")
-        self._client.set_terminated(self.run_id, status="FAILED" if summary is None else "FINISHED")
+        self._client.set_terminated(self.run_id, status=status)
 
 
 class Trackers:
@@ -144,9 +147,9 @@ class Trackers:
         for tracker in self._trackers:
             self._background.submit(tracker.log_image, image, key, images_seen=images_seen)
 
-    def close(self, summary: dict[str, float] | None) -> None:
+    def close(self, status: Status, summary: dict[str, float] | None = None) -> None:
         for tracker in self._trackers:
-            self._background.submit(tracker.close, summary)
+            self._background.submit(tracker.close, status, summary)
         self._background.close()
 
 

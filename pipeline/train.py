@@ -25,6 +25,8 @@ from pipeline.cli import parse_config
 from pipeline.config import Config
 from pipeline.data import open_shards
 from pipeline.evaluation import prepare_pseudo_truth
+from pipeline.interrupt import Interrupt, Interrupted
+from pipeline.roll_call import ranks_named
 from pipeline.run_directory import check_same_run, load_newest_whole, name_run, write_config, write_summary
 from pipeline.tracking import Trackers, make_tracker
 from pipeline.trainer import Trainer, make_accelerator
@@ -35,20 +37,25 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Train as the command line says."""
     config = parse_config("Train FurryGAN: images and their alpha mattes, from pictures alone.")
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(config.collective_timeout_s)
     logging.basicConfig(
         level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s", force=True
     )
     _set_num_threads(config, accelerator)
     config = broadcast_object_list([name_run(config)])[0]  # one time stamp for all ranks
-    try:
-        train(config, accelerator)
-    finally:
-        accelerator.end_training()
+    with Interrupt() as interrupt:
+        try:
+            train(config, accelerator, interrupt)
+        finally:
+            accelerator.end_training()
 
 
-def train(config: Config, accelerator: Accelerator) -> None:
-    """Run from the configuration's start, or from where its run directory stands, to its end."""
+def train(config: Config, accelerator: Accelerator, interrupt: Interrupt) -> None:
+    """Run from the configuration's start, or from where its run directory stands, to its end.
+
+    Raises:
+        Interrupted: before the end, after the last iteration was saved.
+    """
     run_dir = config.run_dir
     assert run_dir is not None
     check_same_run(config, run_dir)
@@ -61,7 +68,8 @@ def train(config: Config, accelerator: Accelerator) -> None:
     with contextlib.closing(open_shards(config, accelerator)) as shard_set:
         loader = _make_loader(config, shard_set, accelerator)
         try:
-            _train_on(shard_set, loader, config, accelerator)
+            with ranks_named():
+                _train_on(shard_set, loader, config, accelerator, interrupt)
         finally:
             shard_set.close()  # first: it ends what the loader's threads may be waiting for
             loader.close()
@@ -82,7 +90,9 @@ def _make_loader(config: Config, shard_set: ShardSet, accelerator: Accelerator) 
     )
 
 
-def _train_on(shard_set: ShardSet, loader: Loader, config: Config, accelerator: Accelerator) -> None:
+def _train_on(
+    shard_set: ShardSet, loader: Loader, config: Config, accelerator: Accelerator, interrupt: Interrupt
+) -> None:
     run_dir = config.run_dir
     assert run_dir is not None
     trainer = Trainer(config, accelerator, loader)
@@ -111,11 +121,21 @@ def _train_on(shard_set: ShardSet, loader: Loader, config: Config, accelerator: 
         checkpoints.metrics = state.get("metrics", {})
         progress = Progress(trainer, tracker)
         with contextlib.closing(progress), contextlib.closing(checkpoints):
-            trainer.fit([progress, SampleGrids(trainer, tracker), checkpoints])
+            interrupt.deferred = True
+            try:
+                trainer.fit([progress, SampleGrids(trainer, tracker), checkpoints], interrupt)
+            except Interrupted as end:
+                checkpoints.on_interrupt(trainer)
+                progress.close()
+                logger.info(
+                    "%s: stopped after iteration %d, saved in %s; go on with --resume %s",
+                    *(end.name, trainer.iteration, run_dir / "checkpoints", run_dir),
+                )
+                raise
         if tracker is not None:
             summary = summarise(trainer, checkpoints, pseudo_truth)
             write_summary(summary, run_dir)
-            tracker.close(summary)
+            tracker.close("FINISHED", summary)
             _tell(config, summary)
 
 
@@ -129,8 +149,11 @@ def _tracking(config: Config, trainer: Trainer, run_id: str | None, *, active: b
     tracker = make_tracker(config, config.run_dir, iteration=trainer.iteration, run_id=run_id)
     try:
         yield tracker
+    except Interrupted:
+        tracker.close("KILLED")
+        raise
     except BaseException:
-        tracker.close(None)
+        tracker.close("FAILED")
         raise
 
 

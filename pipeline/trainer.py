@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from data_shards.errors import UserError
 from data_shards.loader import Loader
@@ -13,6 +14,9 @@ from data_shards.order import rank_slots
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from pipeline.config import Config
+from pipeline.distributed import Agreement
+from pipeline.drift import refuse_drift
+from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.learner import Learner
 from pipeline.metrics import MetricMeter
 from pipeline.phases import Networks, Phase, PhaseResult
@@ -55,6 +59,7 @@ class Trainer:
         self.seconds_waiting = 0.0
         self.learner = Learner(config, accelerator.device)
         self._synchronise()
+        self._agreement = Agreement(config.collective_timeout_s)
         self._slots = rank_slots(config.batch, accelerator.process_index, accelerator.num_processes)
 
     def _synchronise(self) -> None:
@@ -92,16 +97,24 @@ class Trainer:
         """Gamma of Eq. 3 at this moment."""
         return linear_ramp(self.iteration, 0.0, 1.0, self.config.loss.fade_in_iterations)
 
-    def fit(self, callbacks: Sequence[Callback]) -> None:
-        """Train to the configured number of iterations.
+    def fit(self, callbacks: Sequence[Callback], interrupt: Interrupt) -> None:
+        """Train to the configured number of iterations, or until a rank is interrupted.
 
         Raises:
             NonFiniteLossError: a loss term became NaN or infinite.
+            DriftError: the ranks no longer hold the same weights.
+            Interrupted: on all ranks after the same iteration, that of the signal or the next.
         """
         while self.iteration < self.config.steps:
             self.step()
+            if is_due(self.iteration, self.config.drift_interval):
+                self.refuse_drift()
             for callback in callbacks:
                 callback.on_step(self)
+            if signal_number := self._agreement.greatest(interrupt.signal_number):
+                self._agreement.last()
+                raise Interrupted(signal_number)
+        self._agreement.last()
         for callback in callbacks:
             callback.on_end(self)
 
@@ -115,6 +128,15 @@ class Trainer:
                 self._measure(phase, self.learner.run(phase, self.iteration, images, self._slots))
         self.learner.update_ema(self.images_seen)
         self.iteration += 1
+
+    def refuse_drift(self) -> None:
+        """Compare weights, buffers and average over the ranks.
+
+        Raises:
+            DriftError: on all ranks, where one differs.
+        """
+        networks = {"generator": self.generator, "discriminator": self.discriminator, "ema": self.ema}
+        refuse_drift(networks, self._agreement, self.iteration)
 
     def _measure(self, phase: Phase, result: PhaseResult) -> None:
         for name, value in result.terms.items():
@@ -156,7 +178,12 @@ class Trainer:
         self.learner.load_state_dict(state)
 
 
-def make_accelerator() -> Accelerator:
-    """The process group and device as `accelerate launch` set them up."""
+def make_accelerator(collective_timeout_s: float) -> Accelerator:
+    """The process group and device as `accelerate launch` set them up.
+
+    Args:
+        collective_timeout_s: seconds that a rank waits for another one.
+    """
     # Every buffer is a function of what all ranks share: broadcasting them would only cost.
-    return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_s))])

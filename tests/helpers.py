@@ -5,8 +5,11 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,18 +97,35 @@ def run_in_process(main: Callable[[], None], script: Path, cwd: Path, *arguments
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def train_in_new_process(cwd: Path, *arguments: str, launcher: Sequence[str] = ()) -> Outcome:
+def train_in_new_process(cwd: Path, *arguments: str, launcher: Sequence[str] = (), script: Path = TRAIN) -> Outcome:
     """The training command as a user calls it, on the CPU; `launcher` goes between python and the script."""
-    done = subprocess.run(command(*arguments, launcher=launcher), cwd=cwd, env=environment(), **PIPES, timeout=300)
+    done = subprocess.run(
+        command(*arguments, launcher=launcher, script=script), cwd=cwd, env=environment(), **PIPES, timeout=300
+    )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 PIPES: dict[str, Any] = {"capture_output": True, "text": True}
 
 
-def command(*arguments: str, launcher: Sequence[str] = ()) -> list[str]:
+def command(*arguments: str, launcher: Sequence[str] = (), script: Path = TRAIN) -> list[str]:
     """The command line of `train_in_new_process`."""
-    return [sys.executable, *launcher, str(TRAIN), *arguments]
+    return [sys.executable, *launcher, str(script), *arguments]
+
+
+def patched(cwd: Path, patch: str) -> Path:
+    """A script that is the training command, after the lines of `patch` have spoilt something on one of its ranks."""
+    lines = [
+        "import os, torch",
+        "from data_shards.command import run_command",
+        "from pipeline import train",
+        "RANK = int(os.environ['RANK'])",
+        textwrap.dedent(patch),
+        "run_command(train.main)",
+    ]
+    script = cwd / "train.py"
+    script.write_text("\n".join(lines))
+    return script
 
 
 def environment() -> dict[str, str]:
@@ -147,7 +167,7 @@ def tiny_trainer(cache: Path, **overrides: Any) -> Iterator[Trainer]:
     """A trainer on one rank, without the command around it."""
     config = config_from_dict(merge(TINY, overrides))
     with _own_state():
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(600.0)
         shard_set = ShardSet.open(furballs(cache), resolution=config.resolution)
         loader = make_loader(
             config.loader,
@@ -202,3 +222,42 @@ def write_noise(out: Path, resolution: int, *, with_alpha: bool = False, num: in
     samples = (Sample(image, image[..., 0].copy() if with_alpha else None) for image in noise)
     write_shards(samples, out, resolution=resolution, source={})
     return out
+
+
+@contextlib.contextmanager
+def training(
+    cwd: Path, *arguments: str, launcher: Sequence[str] = (), num_rows: int = 2
+) -> Iterator[subprocess.Popen[str]]:
+    """The training command in the middle of its work: `num_rows` steps are logged in ``cwd/run``.
+
+    What it says is in ``cwd/out`` and ``cwd/err``.
+    """
+    with (cwd / "out").open("w") as out, (cwd / "err").open("w") as err:
+        process = subprocess.Popen(
+            command(*arguments, launcher=launcher), cwd=cwd, env=environment(), stdout=out, stderr=err, text=True
+        )
+    try:
+        metrics = cwd / "run" / "metrics.jsonl"
+        while process.poll() is None and (not metrics.exists() or len(training_rows(cwd / "run")) < num_rows):
+            time.sleep(0.05)
+        assert process.poll() is None, (cwd / "err").read_text()
+        yield process
+    finally:
+        for pid in [*children(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a launcher has started: its ranks, in order."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def ended(process: subprocess.Popen[str], cwd: Path, timeout_s: float = 60) -> Outcome:
+    """How a command of `training` ends."""
+    code = process.wait(timeout_s)
+    return Outcome(code, (cwd / "out").read_text(), (cwd / "err").read_text())

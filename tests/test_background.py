@@ -56,6 +56,7 @@ def trainer_at(iteration: int, weight: torch.Tensor) -> Any:
         config=config_from_dict(merge(TINY, {"steps": 99, "log": {"checkpoint_interval_images": BATCH}})),
         state_dict=lambda: {"iteration": iteration, "weight": weight},
         accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
+        refuse_drift=lambda: None,
     )
 
 

@@ -232,6 +232,7 @@ def keep_checkpoints_of(run_dir: Path, mious: dict[int, float], *, keep: int = 2
             config=config,
             state_dict=lambda iteration=iteration: state(iteration),
             accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
+            refuse_drift=lambda: None,
         )
         callback.on_end(trainer)
 

@@ -157,7 +157,7 @@ def test_guard_names_the_loss_and_else_the_gradient(broken: float) -> None:
     with pytest.raises(NonFiniteLossError, match=r"^loss b is not finite at iteration 2"):
         guard.watch("g_main", 2, {"a": fine, "b": bad}, bad)
     assert guard.tripped == 1.0
-    with pytest.raises(NonFiniteLossError, match=r"^gradient of g_main is not finite at iteration 3"):
+    with pytest.raises(NonFiniteLossError, match=r"^averaged gradient of g_main is not finite at iteration 3"):
         guard.watch("g_main", 3, {"a": fine, "b": fine}, bad)
 
 

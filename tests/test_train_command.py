@@ -39,6 +39,7 @@ from pipeline.callbacks import Progress
 from pipeline.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint
 from pipeline.config import PRESETS
 from pipeline.config_io import config_from_dict, config_to_dict, flatten, load_config, merge
+from pipeline.interrupt import Interrupt
 
 SUMMARY = {
     *(f"mask/{name}" for name in ("iou_fg", "iou_bg", "miou", "precision", "recall", "f1", "accuracy")),
@@ -151,7 +152,7 @@ def test_share_of_time_waiting_for_data_is_that_of_the_loader(
         for module in ("pipeline.trainer", "pipeline.callbacks"):
             monkeypatch.setattr(f"{module}.time", mock.Mock(perf_counter=lambda: now))
         tracker = mock.Mock()
-        trainer.fit([Progress(trainer, tracker)])
+        trainer.fit([Progress(trainer, tracker)], Interrupt())
     shares = [call.args[0]["speed/data_wait_share"] for call in tracker.log_metrics.call_args_list]
     assert shares == [0.75, 0.75]
 
