@@ -69,7 +69,7 @@ class Ours:
 
     def run(self, phase: Phase, iteration: int, images: Tensor) -> dict[str, Tensor]:
         """One optimizer step; the loss terms."""
-        return dict(self.learner.run(phase, iteration, images, range(len(images))).terms)
+        return self.learner.run(phase, iteration, images, range(len(images))).terms
 
     def update_ema(self, images_seen: int) -> None:
         """Move the average of G."""

@@ -154,6 +154,8 @@ class Config(_Section):
     """Side of the square images in pixels: a power of two from 32 to 1024."""
     batch: Count = 16
     """Images a step over all ranks; a multiple of 4 times the ranks."""
+    accumulate: Count = 1
+    """Micro-batches that a rank computes a step in, one after the other: less memory, the same numbers."""
     steps: Count = 300_000
     """Iterations to train in all."""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
@@ -211,6 +213,11 @@ class Config(_Section):
             raise UserError(
                 f"batch {self.batch} is impossible: half of it becomes composites and minibatch stddev takes groups of "
                 f"{STDDEV_GROUP_SIZE}, so give a multiple of {STDDEV_GROUP_SIZE}"
+            )
+        if self.batch % (STDDEV_GROUP_SIZE * self.accumulate):
+            raise UserError(
+                f"batch {self.batch} does not divide into {self.accumulate} micro-batches in groups of "
+                f"{STDDEV_GROUP_SIZE}: give --batch a multiple of {STDDEV_GROUP_SIZE * self.accumulate}"
             )
         if self.model.channel_base < 4 * self.resolution:
             raise UserError(

@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,32 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
+from data_shards.order import GROUP_SIZE
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from models.widths import Widths
 from pipeline.config import Config, Precision
-from pipeline.distributed import global_batch_mean
+from pipeline.distributed import global_batch_mean, global_mean
 from pipeline.finite_guard import FiniteGuard
-from pipeline.phases import Networks, Phase, PhaseResult, Step, training_phases
+from pipeline.phases import Networks, Phase, Step, training_phases
 from pipeline.randomness import draw
 from pipeline.schedules import ema_decay
 
 G_LAZY_RATIO = 4 / 5
 """The authors' script scales G's Adam as if path-length regularisation ran every 4 steps, though it has none."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an optimizer step measured, on this rank; detached.
+
+    Attributes:
+        terms: loss terms by name, without their weights.
+        observed: other scalars worth logging, by metric name.
+    """
+
+    terms: dict[str, Tensor]
+    observed: dict[str, Tensor]
 
 
 class Learner:
@@ -37,6 +52,7 @@ class Learner:
         optimizers: Adam by network, "generator" and "discriminator".
         phases: of an iteration, in order.
         backward: computes gradients from a loss; gradient synchronisation puts its own in place.
+        unsynchronised: makes a context in which gradients of one of `networks` stay on their rank; likewise.
         guard: keeps the optimizers from a step with what is not finite.
 
     Args:
@@ -68,6 +84,7 @@ class Learner:
             "discriminator": _adam(self.discriminator, config.optimizer.learning_rate, d_lazy_ratio),
         }
         self.backward: Callable[[Tensor], None] = torch.Tensor.backward
+        self.unsynchronised: Callable[[nn.Module], AbstractContextManager[Any]] = contextlib.nullcontext
         self.guard = FiniteGuard(device)
         for optimizer in self.optimizers.values():
             optimizer.found_inf = self.guard.tripped  # type: ignore[attr-defined]
@@ -76,16 +93,17 @@ class Learner:
             self.generator.compile()
             self.discriminator.compile()
 
-    def run(
-        self, phase: Phase, iteration: int, images: Tensor, slots: Sequence[int] | NDArray[np.int64]
-    ) -> PhaseResult:
-        """One optimizer step of one phase; the norm of its gradient joins what was observed.
+    def run(self, phase: Phase, iteration: int, images: Tensor, slots: Sequence[int] | NDArray[np.int64]) -> Measured:
+        """One optimizer step of one phase.
 
         Args:
             phase: one of `phases`.
             iteration: from 0.
             images: real ``[B, 3, R, R]`` in [-1, 1].
             slots: the B positions of this rank's samples in the global batch.
+
+        Returns:
+            Means over the micro-batches; the norm of the gradient is among them.
 
         Raises:
             NonFiniteLossError: a loss term is NaN or infinite; nothing was changed since. On a GPU, the next steps
@@ -95,27 +113,61 @@ class Learner:
         self.discriminator.requires_grad_(phase.trains == "discriminator")
         optimizer = self.optimizers[phase.trains]
         optimizer.zero_grad()
-        given = None
-        if phase.stream is not None:
-            sizes = {"z_dim": self.generator.z_dim, "num_noise": self.generator.num_noise}
-            given = draw(self._config.seed, phase.stream, iteration, slots, **sizes, device=self._device)
+        steps = self._micro_steps(phase, iteration, images, np.asarray(slots))
+        synced = getattr(self.networks, f"{phase.trains}_synced")
+        results = []
+        for i, step in enumerate(steps, start=1):
+            with contextlib.nullcontext() if i == len(steps) else self.unsynchronised(synced):
+                with self._modes(phase):
+                    result = phase.compute(step)
+                self.backward(result.loss / len(steps))
+            results.append(result)
+        network = getattr(self, phase.trains)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+        terms = _means([result.terms for result in results])
+        # Weighted: a finite term may overflow with its weight.
+        losses = {f"{phase.name}_{name}": results[0].weights[name] * value for name, value in terms.items()}
+        self.guard.watch(phase.name, iteration, losses, norm)
+        optimizer.step()
+        if generated := [result.generated for result in results if result.generated is not None]:
+            w_foreground = torch.cat([out.w_foreground for out in generated])
+            w_background = torch.cat([out.w_background for out in generated])
+            self.generator.mapping_foreground.update_average(global_batch_mean(w_foreground))
+            self.generator.mapping_background.update_average(global_batch_mean(w_background))
+        observed = _means([result.observed for result in results])
+        return Measured(terms, {**observed, f"grad_norm/{phase.name}": norm})
+
+    def _micro_steps(self, phase: Phase, iteration: int, images: Tensor, slots: NDArray[np.int64]) -> list[Step]:
+        """What each micro-batch works on.
+
+        A micro-batch takes whole columns of its rank's batch, as a rank does of the global batch
+        (`data_shards.order.rank_slots`): minibatch-stddev groups and halves are the same.
+        """
+        num = self._config.accumulate
+        sizes = {"z_dim": self.generator.z_dim, "num_noise": self.generator.num_noise}
+        steps = []
+        for k in range(num):
+            given = None
+            if phase.stream is not None:
+                part = slots.reshape(GROUP_SIZE, num, -1)[:, k].reshape(-1)
+                given = draw(self._config.seed, phase.stream, iteration, part, **sizes, device=self._device)
+            pictures = images.unflatten(0, (GROUP_SIZE, num, -1))[:, k].flatten(0, 1)
+            steps.append(Step(self.networks, self._config.loss, iteration, pictures, given))
+        if phase.survey is None or num == 1:
+            return steps
+        with self._modes(phase), torch.no_grad():
+            area = global_mean(torch.stack([phase.survey(step) for step in steps]))
+        return [replace(step, area=area) for step in steps]
+
+    @contextlib.contextmanager
+    def _modes(self, phase: Phase) -> Iterator[None]:
+        """How a phase is computed: eagerly, in half precision, or as it is."""
         with contextlib.ExitStack() as modes:
             if phase.second_order:
                 modes.enter_context(torch.compiler.set_stance("force_eager"))
             elif self._bfloat16:
                 modes.enter_context(torch.autocast(self._device.type, torch.bfloat16))
-            result = phase.compute(Step(self.networks, self._config.loss, iteration, images, given))
-        self.backward(result.loss)
-        network = getattr(self, phase.trains)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-        # Weighted: a finite term may overflow with its weight.
-        losses = {f"{phase.name}_{name}": result.weights[name] * value for name, value in result.terms.items()}
-        self.guard.watch(phase.name, iteration, losses, norm)
-        optimizer.step()
-        if result.generated is not None:
-            self.generator.mapping_foreground.update_average(global_batch_mean(result.generated.w_foreground))
-            self.generator.mapping_background.update_average(global_batch_mean(result.generated.w_background))
-        return replace(result, observed={**result.observed, f"grad_norm/{phase.name}": norm})
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, buffers and what the optimizers remember; not a copy.
@@ -151,6 +203,11 @@ class Learner:
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1.0 - decay)
         for average, current in zip(self.ema.buffers(), self.generator.buffers(), strict=True):
             average.copy_(current)
+
+
+def _means(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Means by name, detached."""
+    return {name: torch.stack([row[name].detach() for row in rows]).mean() for name in rows[0]}
 
 
 def _adam(network: nn.Module, learning_rate: float, lazy_ratio: float) -> torch.optim.Adam:

@@ -41,6 +41,8 @@ class Step:
         iteration: from 0.
         images: real ``[B, 3, R, R]`` in [-1, 1].
         draw: latents and noise of the phase; None where its `stream` is None.
+        area: what the phase's `survey` found, the mean over all micro-batches of all ranks; None where this is the only
+            one of its rank.
     """
 
     networks: Networks
@@ -48,6 +50,7 @@ class Step:
     iteration: int
     images: Tensor
     draw: Draw | None
+    area: Tensor | None = None
 
     @property
     def fade_in(self) -> float:
@@ -95,6 +98,8 @@ class Phase:
         stream: of the random numbers that it needs, if any.
         second_order: whether it differentiates a gradient: always in float32, and torch.compile cannot.
         compute: forward pass and loss terms.
+        survey: a mean over a micro-batch, without gradients, that has to be known of all of them before the first one's
+            gradients can be.
     """
 
     name: str
@@ -103,6 +108,7 @@ class Phase:
     stream: Stream | None
     second_order: bool
     compute: Callable[[Step], PhaseResult]
+    survey: Callable[[Step], Tensor] | None = None
 
 
 def training_phases(config: LossConfig) -> tuple[Phase, ...]:
@@ -110,7 +116,7 @@ def training_phases(config: LossConfig) -> tuple[Phase, ...]:
     return (
         Phase("d_main", "discriminator", 1, Stream.D_MAIN, False, d_main),
         Phase("d_r1", "discriminator", config.r1_interval, None, True, d_r1),
-        Phase("g_main", "generator", 1, Stream.G_MAIN, False, g_main),
+        Phase("g_main", "generator", 1, Stream.G_MAIN, False, g_main, coarse_area if config.area_over_batch else None),
     )
 
 
@@ -163,10 +169,12 @@ def g_main(step: Step) -> PhaseResult:
     judged = step.networks.discriminator(torch.cat(fakes), judged=(2 * half,))
 
     area = losses.mask_area(out.mask_coarse)
+    if config.area_over_batch:
+        area = global_mean(area) if step.area is None else _with_gradient_of(step.area, area.mean())
     terms = {
         "adversarial": losses.g_nonsaturating(judged.logits),
         "binarization": losses.binarization(out.mask_coarse),
-        "area": losses.area_hinge(global_mean(area) if config.area_over_batch else area, config.phi1),
+        "area": losses.area_hinge(area, config.phi1),
         "fine": losses.fine_area(out.mask[:half], out.mask_coarse[:half], config.phi2),
     }
     if with_consistency:
@@ -179,6 +187,21 @@ def g_main(step: Step) -> PhaseResult:
         observed=_mask_statistics(out),
         generated=out,
     )
+
+
+@torch.no_grad()
+def coarse_area(step: Step) -> Tensor:
+    """Mean area of the coarse masks of `g_main`, a scalar."""
+    assert step.draw is not None
+    out: GeneratorOutput = step.networks.generator(
+        step.draw.z, noise=step.draw.noise, fade_in=step.fade_in, num_composites=len(step.draw.z) // 2
+    )
+    return losses.mask_area(out.mask_coarse).mean()
+
+
+def _with_gradient_of(value: Tensor, part: Tensor) -> Tensor:
+    """The mean of all parts, with the gradient to one of them: averaged over the parts, that of the mean."""
+    return value + (part - part.detach())
 
 
 def generator_weights(config: LossConfig, iteration: int) -> dict[str, float]:

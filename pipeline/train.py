@@ -60,10 +60,11 @@ def train(config: Config, accelerator: Accelerator, interrupt: Interrupt) -> Non
     assert run_dir is not None
     check_same_run(config, run_dir)
     ranks = accelerator.num_processes
-    if config.batch % (GROUP_SIZE * ranks):
+    if config.batch % (GROUP_SIZE * ranks * config.accumulate):
+        parts = f" of {config.accumulate} micro-batches" if config.accumulate > 1 else ""
         raise UserError(
-            f"batch {config.batch} does not divide among {ranks} processes in groups of {GROUP_SIZE}: "
-            f"give a multiple of {GROUP_SIZE * ranks}"
+            f"batch {config.batch} does not divide among {ranks} processes{parts} in groups of {GROUP_SIZE}: "
+            f"give a multiple of {GROUP_SIZE * ranks * config.accumulate}"
         )
     with contextlib.closing(open_shards(config, accelerator)) as shard_set:
         loader = _make_loader(config, shard_set, accelerator)

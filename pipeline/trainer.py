@@ -17,9 +17,9 @@ from pipeline.config import Config
 from pipeline.distributed import Agreement
 from pipeline.drift import refuse_drift
 from pipeline.interrupt import Interrupt, Interrupted
-from pipeline.learner import Learner
+from pipeline.learner import Learner, Measured
 from pipeline.metrics import MetricMeter
-from pipeline.phases import Networks, Phase, PhaseResult
+from pipeline.phases import Networks, Phase
 from pipeline.schedules import is_due, linear_ramp
 
 CHECKPOINT_VERSION = 1
@@ -71,6 +71,7 @@ class Trainer:
         learner.networks = Networks(learner.generator, learner.discriminator, generator, discriminator)
         learner.optimizers = dict(zip(learner.optimizers, optimizers, strict=True))
         learner.backward = self.accelerator.backward
+        learner.unsynchronised = self.accelerator.no_sync
 
     @property
     def generator(self) -> FurryGenerator:
@@ -138,7 +139,7 @@ class Trainer:
         networks = {"generator": self.generator, "discriminator": self.discriminator, "ema": self.ema}
         refuse_drift(networks, self._agreement, self.iteration)
 
-    def _measure(self, phase: Phase, result: PhaseResult) -> None:
+    def _measure(self, phase: Phase, result: Measured) -> None:
         for name, value in result.terms.items():
             self.meter.add(f"loss/{phase.name}_{name}", value)
         for name, value in result.observed.items():

@@ -58,12 +58,20 @@ def noise_strengths_together(weights: dict[str, torch.Tensor]) -> dict[str, torc
 
 
 def assert_trained_alike(two: Path, one: Path) -> None:
+    """To what the order of sums leaves open."""
+    assert_weights_alike(final_state(two), final_state(one))
+    for rows in zip(training_rows(two), training_rows(one), strict=True):
+        same = [{k: v for k, v in row.items() if not k.startswith(("speed/", "memory/"))} for row in rows]
+        assert same[0] == pytest.approx(same[1], rel=1e-3, abs=1e-5)
+
+
+def assert_weights_alike(ours_and_more: dict[str, Any], theirs_and_more: dict[str, Any]) -> None:
     """To what the order of sums leaves open.
 
     A step of Adam moves a weight by 2e-3, even where its gradient is next to nothing and rounding decides on its sign:
     so weights are compared by tensor, not one by one, and noise strengths, which are one number each, all together.
     """
-    states = final_state(two), final_state(one)
+    states = ours_and_more, theirs_and_more
     for network in ("generator", "discriminator", "ema"):
         ours, theirs = (noise_strengths_together(state[network]) for state in states)
         assert ours.keys() == theirs.keys()
@@ -72,9 +80,6 @@ def assert_trained_alike(two: Path, one: Path) -> None:
             assert difference <= 1e-5 * (1 + root_mean_square(theirs[name])), f"{network}.{name}"
         flat = [torch.cat([value.flatten() for value in weights.values()]) for weights in (ours, theirs)]
         assert (flat[0] - flat[1]).norm() <= 1e-5 * flat[1].norm(), network
-    for rows in zip(training_rows(two), training_rows(one), strict=True):
-        same = [{k: v for k, v in row.items() if not k.startswith(("speed/", "memory/"))} for row in rows]
-        assert same[0] == pytest.approx(same[1], rel=1e-3, abs=1e-5)
 
 
 def test_two_ranks_match_one(two: tuple[Path, Outcome], one: Path) -> None:
