@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from models import ops
-from pipeline.bench import load_reference
+from pipeline.bench_variants import load_reference
 from pipeline.costs import seconds_of
 
 Operator = Callable[..., Tensor]

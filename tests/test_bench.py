@@ -11,8 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 
 from data_shards.errors import UserError
 from pipeline import bench
-from pipeline.bench import Measurement, Variant, agreement, measure
+from pipeline.bench import Measurement, agreement, measure
 from pipeline.bench_alternatives import Group, groups
+from pipeline.bench_variants import Variant
 from pipeline.config import Config, ModelConfig, preset
 from pipeline.costs import Cost, Counter
 
