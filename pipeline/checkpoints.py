@@ -9,36 +9,43 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from data_shards.errors import UserError
+from pipeline.saving import saving
 
 PATTERN = re.compile(r"checkpoint-(\d{9})\.pt")
 BEST = "best.pt"
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write `state` to `path` atomically, its sha256 to ``<path>.sha256``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    # The digest comes first: a checkpoint under its final name always has one. Until the rename, both files' are good.
-    former = [_sha256(path)] if path.is_file() else []
-    digests = path.with_suffix(".sha256.tmp")
-    digests.write_text("\n".join([*former, _sha256(temporary)]))
-    digests.replace(_digest_path(path))
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    """Write `state` to `path` atomically, its sha256 to ``<path>.sha256``.
+
+    Raises:
+        SaveError: it could not be written; what was there before is whole.
+    """
+    with saving(path) as temporary:
+        with temporary.open("wb") as file:
+            _serialise(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        # The digest comes first: a checkpoint under its final name always has one. Until the rename, both files' are
+        # good.
+        former = [_sha256(path)] if path.is_file() else []
+        with saving(_digest_path(path)) as digests:
+            digests.write_text("\n".join([*former, _sha256(temporary)]))
+
+
+def _serialise(state: dict[str, Any], file: BinaryIO) -> None:
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        torch.save(state, file)
+    except RuntimeError as error:  # raised on the way out of its archive, over what went wrong
+        if isinstance(cause := error.__context__, OSError):
+            raise cause from None
+        raise
 
 
 def copy_to_host(state: dict[str, Any]) -> dict[str, Any]:

@@ -121,6 +121,9 @@ class LogConfig(_Section):
     """MLflow store: a database or a tracking server; 'none' for metrics.jsonl alone."""
     experiment: str = "furrygan"
     """MLflow experiment."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """Where a checkpoint, picture or row of metrics cannot be written (a full disk): 'continue' says so, trains on and
+    tries again at the next one, and a run whose last state is not saved in the end fails; 'stop' ends it at once."""
 
 
 @dataclass(frozen=True)
