@@ -222,7 +222,7 @@ def test_the_newest_stay_and_the_best_besides(tmp_path: Path) -> None:
 def keep_checkpoints_of(run_dir: Path, mious: dict[int, float], *, keep: int = 2, best_miou: float = 0.0) -> None:
     """Let the callback save at each of these iterations, where the masks are so good."""
     config = config_from_dict(merge(TINY, {"steps": 99, "log": {"keep_checkpoints": keep}}))
-    tracker = SimpleNamespace(run_id="abc", log_metrics=lambda *_, **__: None)
+    tracker = SimpleNamespace(log_metrics=lambda *_, **__: None)
     callback = Checkpoints(run_dir, tracker, None, best_miou=best_miou, seconds_before=0.0)
     for iteration, miou in mious.items():
         callback._measure = lambda *_, miou=miou: {"mask/miou": miou}

@@ -20,7 +20,7 @@ def log_to_mlflow(run: TrainedRun, metrics: dict[str, float], files: Sequence[Pa
         folder: of its artifacts, for the files.
     """
     uri, key = run.config.log.tracking_uri, read_key(run.run_dir)
-    if uri == "none" or key is None:
+    if uri == "none":
         return
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():  # MLflow would make an empty one
         logger.warning("not logged to MLflow: %s is not here; evaluate from where the training was started", uri)
@@ -32,7 +32,7 @@ def log_to_mlflow(run: TrainedRun, metrics: dict[str, float], files: Sequence[Pa
     rows = [Metric(name, value, now, run.images_seen) for name, value in metrics.items()]
     try:
         client = make_client(absolute_uri(uri))
-        mirrored = find_run(client, run.config, key)
+        mirrored = None if key is None else find_run(client, run.config, key)
         if mirrored is None:
             logger.warning("not logged to MLflow: the run is not at %s", hide_password(uri))
             return
