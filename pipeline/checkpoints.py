@@ -29,7 +29,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """
     with saving(path) as temporary:
         with temporary.open("wb") as file:
-            _serialise(state, file)
+            serialise(state, file)
             file.flush()
             os.fsync(file.fileno())
         # The digest comes first: a checkpoint under its final name always has one. Until the rename, both files' are
@@ -39,7 +39,12 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
             digests.write_text("\n".join([*former, _sha256(temporary)]))
 
 
-def _serialise(state: dict[str, Any], file: BinaryIO) -> None:
+def serialise(state: dict[str, Any], file: BinaryIO) -> None:
+    """`torch.save`, whose errors of the disk are the disk's.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     try:
         torch.save(state, file)
     except RuntimeError as error:  # raised on the way out of its archive, over what went wrong
@@ -84,7 +89,9 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Delete all but the `keep` newest; never the best one."""
+    """Delete all but the `keep` newest, and what was left of one that was being written; never the best one."""
+    for path in directory.glob("*.tmp"):
+        path.unlink()
     for path in list_checkpoints(directory)[keep:]:
         path.unlink()
         _digest_path(path).unlink(missing_ok=True)

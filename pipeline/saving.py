@@ -1,6 +1,7 @@
 """The files of a run: written whole or not at all, and one line where they cannot be."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def saving(path: Path) -> Iterator[Path]:
     Raises:
         SaveError: it could not be written; `path` is as it was, and nothing is left beside it.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs that share a cache may write at the same time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

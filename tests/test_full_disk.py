@@ -7,7 +7,7 @@ import contextlib
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from helpers import (
     BATCH,
     PIPES,
+    RESOLUTION,
     TINY,
     assert_same_bits,
     patched,
@@ -26,6 +27,7 @@ from helpers import (
     train_in_new_process,
     train_in_process,
     training_rows,
+    write_noise,
 )
 from PIL import Image
 from test_ranks import TWO_RANKS
@@ -34,6 +36,7 @@ from data_shards.errors import UserError
 from pipeline.callbacks import Checkpoints
 from pipeline.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
 from pipeline.config_io import config_from_dict, merge
+from pipeline.evaluation import in_training
 from pipeline.saving import SaveError
 from pipeline.tracking import RunTracker, make_tracker
 
@@ -189,6 +192,27 @@ def test_row_without_room_ends_the_run_if_it_shall(tmp_path: Path) -> None:
 
 
 # --- the command ---
+
+
+def test_segmenter_that_cannot_be_kept_is_told_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_noise(tmp_path / "data", RESOLUTION, with_alpha=True)
+    monkeypatch.setattr(in_training, "fit_segmenter", without_room(in_training.fit_segmenter))
+    with files_no_larger_than(resource.getrlimit(resource.RLIMIT_FSIZE)[0]):  # afterwards as before
+        arguments = tiny(tmp_path / "cache", data=data, run_dir="run", steps=1, log={"grid_interval_images": 10**9})
+        outcome = train_in_process(tmp_path, *arguments)
+    (line,) = [line for line in outcome.err.splitlines() if "fit the segmenter again" in line]
+    assert "segmenter-v" in line and "cannot be written: File too large" in line
+    assert "pseudo ground truth: " in outcome.err
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def without_room(call: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        result = call(*args, **kwargs)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return result
+
+    return called
 
 
 @pytest.fixture
