@@ -19,9 +19,13 @@ class Background:
 
     def submit(self, task: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Have `task` done some time."""
+        self.check()
+        self._unfinished.append(self._pool.submit(task, *args, **kwargs))
+
+    def check(self) -> None:
+        """Raise what has failed, without waiting."""
         while self._unfinished and self._unfinished[0].done():
             self._unfinished.popleft().result()
-        self._unfinished.append(self._pool.submit(task, *args, **kwargs))
 
     def wait(self) -> None:
         """Until everything is done."""

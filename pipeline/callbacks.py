@@ -1,5 +1,6 @@
 """What is seen of a run: progress, metrics, sample grids, mask metrics, checkpoints."""
 
+import logging
 import math
 import resource
 import time
@@ -8,15 +9,20 @@ from typing import Any
 
 import torch
 
+from data_shards.errors import UserError
 from data_shards.progress import progress_bar
 from pipeline.background import Background
 from pipeline.checkpoints import BEST, checkpoint_path, copy_to_host, prune_checkpoints, save_checkpoint
+from pipeline.config import LogConfig
 from pipeline.evaluation import PseudoTruth, generated_mask_metrics, real_mask_prediction_metrics
 from pipeline.randomness import Stream, draw
 from pipeline.sample_grid import sample_grid
+from pipeline.saving import SaveError
 from pipeline.schedules import linear_ramp
 from pipeline.tracking import Tracker
 from pipeline.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def is_due_by_images(trainer: Trainer, interval_images: int) -> bool:
@@ -137,6 +143,11 @@ class Checkpoints:
         pseudo_truth: None where shards carry no alpha.
         best_miou: of the best checkpoint so far.
         seconds_before: training time before this process.
+        saved_iteration: of the checkpoint that training goes on from.
+        measured_iteration: of its mask metrics.
+
+    Attributes:
+        unsaved: why the newest state is not on disk; None where it is.
     """
 
     def __init__(
@@ -148,7 +159,9 @@ class Checkpoints:
         best_miou: float,
         seconds_before: float,
         saved_iteration: int = -1,
+        measured_iteration: int = -1,
     ) -> None:
+        self._run_dir = run_dir
         self._directory = run_dir / "checkpoints"
         self._tracker = tracker
         self._pseudo_truth = pseudo_truth
@@ -156,6 +169,8 @@ class Checkpoints:
         self.best_miou = best_miou
         self.metrics: dict[str, float] = {}
         self._last = saved_iteration
+        self._last_measured = measured_iteration
+        self.unsaved: SaveError | None = None
         self._background = Background("checkpoints")
 
     @property
@@ -164,14 +179,15 @@ class Checkpoints:
         return time.perf_counter() - self._started
 
     def on_step(self, trainer: Trainer) -> None:
-        if is_due_by_images(trainer, trainer.config.log.checkpoint_interval_images):
-            evaluation, final = trainer.config.evaluation, trainer.iteration == trainer.config.steps
-            num_samples = evaluation.num_samples_final if final else evaluation.num_samples
-            self._save(trainer, self._measure(trainer, num_samples))
+        self._background.check()
+        if trainer.iteration == trainer.config.steps:
+            self._save(trainer, {})  # before the last evaluation, which is long and may be interrupted
+        elif is_due_by_images(trainer, trainer.config.log.checkpoint_interval_images):
+            self._measure_and_save(trainer, trainer.config.evaluation.num_samples)
 
     def on_end(self, trainer: Trainer) -> None:
-        if self._last != trainer.iteration:
-            self._save(trainer, self._measure(trainer, trainer.config.evaluation.num_samples_final))
+        if self._last_measured != trainer.iteration:
+            self._measure_and_save(trainer, trainer.config.evaluation.num_samples_final)
         self._background.wait()
 
     def on_interrupt(self, trainer: Trainer) -> None:
@@ -183,6 +199,23 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing."""
         self._background.close()
+
+    def refuse_unsaved(self) -> None:
+        """Do not let a run pass for whole whose last state is lost.
+
+        Raises:
+            UserError: it could not be saved.
+        """
+        if self.unsaved is not None:
+            raise self._explained(self.unsaved)
+
+    def _explained(self, error: SaveError) -> UserError:
+        return UserError(f"{error}; make room, and go on from the checkpoint before by --resume {self._run_dir}")
+
+    def _measure_and_save(self, trainer: Trainer, num_samples: int) -> None:
+        measured = self._measure(trainer, num_samples)
+        self._last_measured = trainer.iteration
+        self._save(trainer, measured)
 
     def _save(self, trainer: Trainer, measured: dict[str, float]) -> None:
         self._last = trainer.iteration
@@ -196,23 +229,31 @@ class Checkpoints:
             if not math.isfinite(miou):
                 miou = 0.0
             is_best = miou >= self.best_miou or not (self._directory / BEST).is_file()
-            self.best_miou = max(miou, self.best_miou)
+            former_best, self.best_miou = self.best_miou, max(miou, self.best_miou)
             state = trainer.state_dict() | {
-                "tracker_run_id": self._tracker.run_id,
                 "best_miou": self.best_miou,
                 "seconds": self.seconds,
                 "metrics": self.metrics,
+                "measured_iteration": self._last_measured,
             }
             self._background.submit(
-                self._write, copy_to_host(state), is_best=is_best, keep=trainer.config.log.keep_checkpoints
+                self._write, copy_to_host(state), trainer.config.log, is_best=is_best, former_best=former_best
             )
         trainer.accelerator.wait_for_everyone()
 
-    def _write(self, state: dict[str, Any], *, is_best: bool, keep: int) -> None:
-        save_checkpoint(state, checkpoint_path(self._directory, state["iteration"]))
-        if is_best:
-            save_checkpoint(state, self._directory / BEST)
-        prune_checkpoints(self._directory, keep)
+    def _write(self, state: dict[str, Any], config: LogConfig, *, is_best: bool, former_best: float) -> None:
+        try:
+            save_checkpoint(state, checkpoint_path(self._directory, state["iteration"]))
+            if is_best:
+                save_checkpoint(state, self._directory / BEST)
+        except SaveError as error:
+            if config.on_save_error == "stop":
+                raise self._explained(error) from None
+            self.best_miou, self.unsaved = former_best, error
+            logger.warning("%s: training goes on, and tries again at the next checkpoint", error)
+            return
+        self.unsaved = None
+        prune_checkpoints(self._directory, config.keep_checkpoints)
 
     def _measure(self, trainer: Trainer, num_samples: int) -> dict[str, float]:
         truth, config = self._pseudo_truth, trainer.config

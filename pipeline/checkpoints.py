@@ -9,36 +9,48 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from data_shards.errors import UserError
+from pipeline.saving import saving
 
 PATTERN = re.compile(r"checkpoint-(\d{9})\.pt")
 BEST = "best.pt"
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write `state` to `path` atomically, its sha256 to ``<path>.sha256``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    # The digest comes first: a checkpoint under its final name always has one. Until the rename, both files' are good.
-    former = [_sha256(path)] if path.is_file() else []
-    digests = path.with_suffix(".sha256.tmp")
-    digests.write_text("\n".join([*former, _sha256(temporary)]))
-    digests.replace(_digest_path(path))
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    """Write `state` to `path` atomically, its sha256 to ``<path>.sha256``.
+
+    Raises:
+        SaveError: it could not be written; what was there before is whole.
+    """
+    with saving(path) as temporary:
+        with temporary.open("wb") as file:
+            serialise(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        # The digest comes first: a checkpoint under its final name always has one. Until the rename, both files' are
+        # good.
+        former = [_sha256(path)] if path.is_file() else []
+        with saving(_digest_path(path)) as digests:
+            digests.write_text("\n".join([*former, _sha256(temporary)]))
+
+
+def serialise(state: dict[str, Any], file: BinaryIO) -> None:
+    """`torch.save`, whose errors of the disk are the disk's.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        torch.save(state, file)
+    except RuntimeError as error:  # raised on the way out of its archive, over what went wrong
+        if isinstance(cause := error.__context__, OSError):
+            raise cause from None
+        raise
 
 
 def copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +89,9 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Delete all but the `keep` newest; never the best one."""
+    """Delete all but the `keep` newest, and what was left of one that was being written; never the best one."""
+    for path in directory.glob("*.tmp"):
+        path.unlink()
     for path in list_checkpoints(directory)[keep:]:
         path.unlink()
         _digest_path(path).unlink(missing_ok=True)

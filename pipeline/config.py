@@ -118,9 +118,13 @@ class LogConfig(_Section):
     grid_columns: Annotated[int, Bounds(1, 32)] = 8
     """Latents in a sample grid."""
     tracking_uri: str = "sqlite:///runs/mlflow.db"
-    """MLflow store: a database or a tracking server; 'none' for metrics.jsonl alone."""
+    """MLflow store: a database or a tracking server; 'none' for metrics.jsonl alone. What it misses while it is away is
+    sent when it answers again, at the latest by --resume."""
     experiment: str = "furrygan"
     """MLflow experiment."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """Where a checkpoint, picture or row of metrics cannot be written (a full disk): 'continue' says so, trains on and
+    tries again at the next one, and a run whose last state is not saved in the end fails; 'stop' ends it at once."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Stopping a run from outside: a signal lets it finish its step, save, and end with the code that schedulers expect."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -35,6 +37,21 @@ class Interrupt:
     def __enter__(self) -> Self:
         self._former = {number: signal.signal(number, self._take) for number in SIGNALS}
         return self
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, a signal is not deferred, nor is one that came before: all is saved.
+
+        Raises:
+            Interrupted: there was a signal.
+        """
+        self.deferred = False
+        try:
+            if self.signal_number:
+                raise Interrupted(self.signal_number)
+            yield
+        finally:
+            self.deferred = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, former in self._former.items():

@@ -16,6 +16,7 @@ from pipeline.checkpoints import list_checkpoints, load_checkpoint
 from pipeline.cli import CONFIG_FILE
 from pipeline.config import Config
 from pipeline.config_io import config_from_dict, config_to_dict, flatten, load_config, save_config
+from pipeline.saving import refuse_file_in_the_way, saving
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,9 @@ def check_same_run(config: Config, run_dir: Path) -> None:
     """Whether `config` may go on with what `run_dir` holds; anything goes if that is nothing.
 
     Raises:
-        UserError: `run_dir` is a file, or holds a run of another configuration.
+        UserError: `run_dir` or one above it is a file, or it holds a run of another configuration.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"--run-dir {run_dir} is a file: give a directory")
+    refuse_file_in_the_way(run_dir, "--run-dir")
     saved = run_dir / CONFIG_FILE
     if not saved.is_file():
         return
@@ -61,11 +61,13 @@ def check_same_run(config: Config, run_dir: Path) -> None:
 
 
 def write_config(config: Config, run_dir: Path) -> None:
-    """Save the resolved configuration."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / (CONFIG_FILE + ".tmp")
-    save_config(config, temporary)
-    temporary.replace(run_dir / CONFIG_FILE)
+    """Save the resolved configuration.
+
+    Raises:
+        SaveError: it cannot be.
+    """
+    with saving(run_dir / CONFIG_FILE) as temporary:
+        save_config(config, temporary)
 
 
 def load_newest_whole(run_dir: Path) -> dict[str, Any] | None:
@@ -86,8 +88,11 @@ def load_newest_whole(run_dir: Path) -> dict[str, Any] | None:
 
 
 def write_summary(summary: dict[str, float], run_dir: Path) -> None:
-    """Save the final figures."""
-    temporary = run_dir / "summary.tmp"
+    """Save the final figures.
+
+    Raises:
+        SaveError: they cannot be.
+    """
     figures = {name: value if math.isfinite(value) else None for name, value in summary.items()}  # JSON has no nan
-    temporary.write_text(json.dumps(figures, indent=2) + "\n")
-    temporary.replace(run_dir / "summary.json")
+    with saving(run_dir / "summary.json") as temporary:
+        temporary.write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: metrics.jsonl always, MLflow besides.
+"""Where a run's numbers and pictures go: metrics.jsonl and samples/ always, MLflow besides.
 
 Metric names are ``group/name``. The groups: ``loss/<phase>_<term>``, ``grad_norm/<network>``, ``mask`` (generated),
 ``mask_pred_real`` (the mask predictor on real images), ``score`` (the discriminator's logits), ``speed``, ``memory``,
@@ -8,30 +8,23 @@ Metric names are ``group/name``. The groups: ``loss/<phase>_<term>``, ``grad_nor
 import json
 import logging
 import math
-import os
-import sys
-import time
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
 from pipeline.background import Background
 from pipeline.config import Config
-from pipeline.config_io import config_to_dict, flatten
+from pipeline.mlflow_mirror import MlflowMirror, Picture, Row, Status, now_ms
+from pipeline.saving import SaveError, saving
 
-SQLITE = "sqlite:///"
+logger = logging.getLogger(__name__)
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-"""How a run ended, in MLflow's words. One that was killed may go on later."""
+_OF_THE_ROW = ("iteration", "images_seen", "timestamp_ms")
 
 
 class Tracker(Protocol):
     """Takes what a run has to tell."""
-
-    @property
-    def run_id(self) -> str | None:
-        """Identifies the run at a tracking server, so that a resumed run goes on in the same place."""
 
     def log_metrics(self, metrics: dict[str, float], *, iteration: int, images_seen: int) -> None:
         """A row of scalars."""
@@ -39,144 +32,162 @@ class Tracker(Protocol):
     def log_image(self, image: Image.Image, key: str, *, images_seen: int) -> None:
         """A picture of a series named `key`."""
 
-    def close(self, status: Status, summary: dict[str, float] | None = None) -> None:
-        """End the run, with its final figures if it has any."""
 
-
-class JsonlTracker:
+class RunFiles:
     """Rows in ``metrics.jsonl``, pictures in ``samples/``.
 
     Args:
         run_dir: of the run.
         iteration: where the run goes on; rows beyond it, of a run that was cut off, are dropped.
-    """
 
-    run_id = None
+    Raises:
+        SaveError: the directory cannot be written to.
+    """
 
     def __init__(self, run_dir: Path, *, iteration: int) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._samples = run_dir / "samples"
-        self._samples.mkdir(parents=True, exist_ok=True)
+        self._unwritten = b""
         if self._path.exists():
-            rows = [row for line in self._path.read_text().splitlines() if (row := _parse(line))]
-            kept = "".join(json.dumps(row) + "\n" for row in rows if row["iteration"] <= iteration)
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(kept)
-            temporary.replace(self._path)
+            rows = [row for row in self._read() if row["iteration"] <= iteration]
+            with saving(self._path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def log_metrics(self, metrics: dict[str, float], *, iteration: int, images_seen: int) -> None:
-        figures = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no nan
-        row = {"iteration": iteration, "images_seen": images_seen, **figures}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def rows(self) -> list[Row]:
+        """Those there are."""
+        return [
+            Row(
+                row["images_seen"],
+                row.get("timestamp_ms", now_ms()),
+                {name: value for name, value in row.items() if name not in _OF_THE_ROW},
+            )
+            for row in (self._read() if self._path.exists() else [])
+        ]
 
-    def log_image(self, image: Image.Image, key: str, *, images_seen: int) -> None:
-        image.save(self._samples / f"{key}-{images_seen:010d}.png")
+    def pictures(self) -> list[Picture]:
+        """Those there are."""
+        names = ((*path.stem.rpartition("-"), path) for path in sorted(self._samples.glob("*-*.png")))
+        return [Picture(path, key, int(images_seen)) for key, _, images_seen, path in names if images_seen.isdecimal()]
 
-    def close(self, status: Status, summary: dict[str, float] | None = None) -> None:
-        pass
+    def write_row(self, row: Row, *, iteration: int) -> None:
+        """Append a row, after those that could not be appended before.
+
+        Raises:
+            SaveError: they stay in memory until the next call, and the file is as it was.
+        """
+        of_the_row = {"iteration": iteration, "images_seen": row.images_seen, "timestamp_ms": row.timestamp_ms}
+        self._unwritten += json.dumps(of_the_row | row.metrics).encode() + b"\n"
+        self.write_rest()
+
+    def write_rest(self) -> None:
+        """Append what could not be appended before.
+
+        Raises:
+            SaveError: it still cannot.
+        """
+        if not self._unwritten:
+            return
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                size, rest = file.tell(), self._unwritten
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(size)  # half a row would spoil the next one
+                    raise
+        except OSError as error:
+            raise SaveError(self._path, error) from None
+        self._unwritten = b""
+
+    def write_picture(self, image: Image.Image, key: str, *, images_seen: int) -> Picture:
+        """Save a picture.
+
+        Raises:
+            SaveError: it could not be.
+        """
+        picture = Picture(self._samples / f"{key}-{images_seen:010d}.png", key, images_seen)
+        with saving(picture.path) as temporary:
+            image.save(temporary, format="PNG")
+        return picture
+
+    def _read(self) -> list[dict[str, Any]]:
+        return [row for line in self._path.read_text().splitlines() if (row := _parse(line))]
 
 
-class MlflowTracker:
-    """A run in an MLflow store: metrics over images seen, the whole configuration as params, pictures by step.
+class RunTracker:
+    """Writes what a run has to tell in a thread of its own, and MLflow mirrors it in another one.
 
     Args:
-        config: names the store and the experiment.
-        run_dir: its name becomes the run's.
-        run_id: of a run to go on with.
+        files: of the run directory.
+        mirror: of what is written there; None: without MLflow.
+        on_save_error: see `LogConfig`.
     """
 
-    def __init__(self, config: Config, run_dir: Path, *, run_id: str | None) -> None:
-        # MLflow takes seconds to import, and is needed on one rank alone.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
-        from mlflow.exceptions import MlflowException
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it reports each table that it makes
-        self._metric = Metric
-        uri = absolute_uri(config.log.tracking_uri)
-        if uri.startswith(SQLITE):
-            Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(tracking_uri=uri)
-        if run_id is not None:
-            try:
-                self._client.update_run(run_id, status="RUNNING")
-                self.run_id = run_id
-                return
-            except MlflowException:
-                pass  # another store than before: a new run there
-        self.run_id = self._client.create_run(
-            _experiment_id(self._client, config),
-            run_name=run_dir.name,
-            tags={"dataset": config.dataset, "mlflow.source.name": Path(sys.argv[0]).name},
-        ).info.run_id
-        params = [Param(key, str(value)) for key, value in flatten(config_to_dict(config)).items()]
-        self._client.log_batch(self.run_id, params=params)
-
-    def log_metrics(self, metrics: dict[str, float], *, iteration: int, images_seen: int) -> None:
-        now = time.time_ns() // 1_000_000
-        rows = [self._metric(key, value, now, images_seen) for key, value in metrics.items()]
-        self._client.log_batch(self.run_id, metrics=rows)
-
-    def log_image(self, image: Image.Image, key: str, *, images_seen: int) -> None:
-        self._client.log_image(self.run_id, image, key=key, step=images_seen, synchronous=True)
-
-    def close(self, status: Status, summary: dict[str, float] | None = None) -> None:
-        if summary is not None:
-            self._client.log_dict(self.run_id, summary, "summary.json")
-        self._client.set_terminated(self.run_id, status=status)
-
-
-class Trackers:
-    """Several trackers as one, in a thread of their own: a database or a server may be slow."""
-
-    def __init__(self, *trackers: Tracker) -> None:
-        self._trackers = trackers
+    def __init__(self, files: RunFiles, mirror: MlflowMirror | None, on_save_error: str) -> None:
+        self._files = files
+        self._mirror = mirror
+        self._on_save_error = on_save_error
+        self._rows_missing = False
         self._background = Background("tracking")
 
-    @property
-    def run_id(self) -> str | None:
-        return next((t.run_id for t in self._trackers if t.run_id is not None), None)
-
     def log_metrics(self, metrics: dict[str, float], *, iteration: int, images_seen: int) -> None:
-        for tracker in self._trackers:
-            self._background.submit(tracker.log_metrics, metrics, iteration=iteration, images_seen=images_seen)
+        """A row of scalars."""
+        figures = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no nan
+        self._background.submit(self._write_row, Row(images_seen, now_ms(), figures), iteration)
 
     def log_image(self, image: Image.Image, key: str, *, images_seen: int) -> None:
-        for tracker in self._trackers:
-            self._background.submit(tracker.log_image, image, key, images_seen=images_seen)
+        """A picture of a series named `key`."""
+        self._background.submit(self._write_picture, image, key, images_seen)
+
+    def wait(self) -> None:
+        """Until everything is written.
+
+        Raises:
+            SaveError: not all rows could be.
+        """
+        self._background.wait()
+        self._files.write_rest()
 
     def close(self, status: Status, summary: dict[str, float] | None = None) -> None:
-        for tracker in self._trackers:
-            self._background.submit(tracker.close, status, summary)
-        self._background.close()
+        """End the run, with its final figures if it has any."""
+        try:
+            self._background.close()
+        finally:
+            if self._mirror is not None:
+                self._mirror.close(status, summary)
+
+    def _write_row(self, row: Row, iteration: int) -> None:
+        try:
+            self._files.write_row(row, iteration=iteration)
+            self._rows_missing = False
+        except SaveError as error:
+            if self._on_save_error == "stop":
+                raise
+            if not self._rows_missing:
+                logger.warning("%s: training goes on, and the rows are kept until they can be", error)
+            self._rows_missing = True
+        if self._mirror is not None:
+            self._mirror.add_row(row)
+
+    def _write_picture(self, image: Image.Image, key: str, images_seen: int) -> None:
+        try:
+            picture = self._files.write_picture(image, key, images_seen=images_seen)
+        except SaveError as error:
+            if self._on_save_error == "stop":
+                raise
+            logger.warning("%s: training goes on without it", error)
+            return
+        if self._mirror is not None:
+            self._mirror.add_picture(picture)
 
 
-def make_tracker(config: Config, run_dir: Path, *, iteration: int, run_id: str | None) -> Trackers:
-    """The trackers of the main process, going on at `iteration`."""
-    trackers: list[Tracker] = [JsonlTracker(run_dir, iteration=iteration)]
+def make_tracker(config: Config, run_dir: Path, *, iteration: int) -> RunTracker:
+    """The tracker of the main process, going on at `iteration`."""
+    files, mirror = RunFiles(run_dir, iteration=iteration), None
     if config.log.tracking_uri != "none":
-        trackers.append(MlflowTracker(config, run_dir, run_id=run_id))
-    return Trackers(*trackers)
-
-
-def absolute_uri(uri: str) -> str:
-    """The address of an MLflow store from anywhere: MLflow keeps a database open by its name, which may be relative."""
-    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
-
-
-def _experiment_id(client: Any, config: Config) -> str:
-    experiment = client.get_experiment_by_name(config.log.experiment)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    uri, location = absolute_uri(config.log.tracking_uri), None
-    if uri.startswith(SQLITE):
-        # Beside the database: MLflow's own default is ./mlruns of whoever calls.
-        location = (Path(uri.removeprefix(SQLITE)).parent / "mlflow-artifacts").as_uri()
-    # The kind opens MLflow's pages for trained models; else they are those for conversations with language models.
-    tags = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(config.log.experiment, artifact_location=location, tags=tags))
+        mirror = MlflowMirror(config, run_dir, files.rows(), files.pictures())
+    return RunTracker(files, mirror, config.log.on_save_error)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

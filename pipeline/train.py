@@ -26,9 +26,11 @@ from pipeline.config import Config
 from pipeline.data import open_shards
 from pipeline.evaluation import prepare_pseudo_truth
 from pipeline.interrupt import Interrupt, Interrupted
+from pipeline.mlflow_mirror import hide_password, is_server, refuse_unknown_store
 from pipeline.roll_call import ranks_named
 from pipeline.run_directory import check_same_run, load_newest_whole, name_run, write_config, write_summary
-from pipeline.tracking import Trackers, make_tracker
+from pipeline.saving import refuse_file_in_the_way
+from pipeline.tracking import RunTracker, make_tracker
 from pipeline.trainer import Trainer, make_accelerator
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ def train(config: Config, accelerator: Accelerator, interrupt: Interrupt) -> Non
     run_dir = config.run_dir
     assert run_dir is not None
     check_same_run(config, run_dir)
+    refuse_file_in_the_way(config.cache_dir, "--cache-dir")
+    refuse_unknown_store(config.log.tracking_uri)
     ranks = accelerator.num_processes
     if config.batch % (GROUP_SIZE * ranks * config.accumulate):
         parts = f" of {config.accumulate} micro-batches" if config.accumulate > 1 else ""
@@ -110,7 +114,7 @@ def _train_on(
         if shard_set.has_alpha:
             pseudo_truth = prepare_pseudo_truth(shard_set, config, accelerator.device, progress=True)
             logger.info("pseudo ground truth: %s", _figures(pseudo_truth.held_out.named("segmenter")))
-    with _tracking(config, trainer, state.get("tracker_run_id"), active=main_process) as tracker:
+    with _tracking(config, trainer, active=main_process) as tracker:
         checkpoints = Checkpoints(
             run_dir,
             tracker,
@@ -118,6 +122,7 @@ def _train_on(
             best_miou=state.get("best_miou", 0.0),
             seconds_before=state.get("seconds", 0.0),
             saved_iteration=state.get("iteration", -1),
+            measured_iteration=state.get("measured_iteration", state.get("iteration", -1)),
         )
         checkpoints.metrics = state.get("metrics", {})
         progress = Progress(trainer, tracker)
@@ -128,12 +133,17 @@ def _train_on(
             except Interrupted as end:
                 checkpoints.on_interrupt(trainer)
                 progress.close()
+                saved = f"saved in {run_dir / 'checkpoints'}"
+                if checkpoints.unsaved is not None:
+                    saved = f"not saved ({checkpoints.unsaved})"
                 logger.info(
-                    "%s: stopped after iteration %d, saved in %s; go on with --resume %s",
-                    *(end.name, trainer.iteration, run_dir / "checkpoints", run_dir),
+                    "%s: stopped after iteration %d, %s; go on with --resume %s",
+                    *(end.name, trainer.iteration, saved, run_dir),
                 )
                 raise
         if tracker is not None:
+            checkpoints.refuse_unsaved()
+            tracker.wait()
             summary = summarise(trainer, checkpoints, pseudo_truth)
             write_summary(summary, run_dir)
             tracker.close("FINISHED", summary)
@@ -141,13 +151,13 @@ def _train_on(
 
 
 @contextlib.contextmanager
-def _tracking(config: Config, trainer: Trainer, run_id: str | None, *, active: bool) -> Iterator[Trackers | None]:
+def _tracking(config: Config, trainer: Trainer, *, active: bool) -> Iterator[RunTracker | None]:
     """The main process's tracker; a run that breaks off is marked so."""
     if not active:
         yield None
         return
     assert config.run_dir is not None
-    tracker = make_tracker(config, config.run_dir, iteration=trainer.iteration, run_id=run_id)
+    tracker = make_tracker(config, config.run_dir, iteration=trainer.iteration)
     try:
         yield tracker
     except Interrupted:
@@ -188,8 +198,9 @@ def _tell(config: Config, summary: dict[str, float]) -> None:
         f"best checkpoint  {run_dir / 'checkpoints' / BEST}",
         f"metrics          {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}",
     ]
-    if config.log.tracking_uri != "none":
-        lines.append(f"compare runs     mlflow ui --backend-store-uri {config.log.tracking_uri}")
+    if (uri := config.log.tracking_uri) != "none":
+        how = "" if is_server(uri) else "mlflow ui --backend-store-uri "
+        lines.append(f"compare runs     {how}{hide_password(uri)}")
     print("\n".join(lines), flush=True)
 
 

@@ -28,7 +28,6 @@ class TrainedRun:
         discriminator: D, in evaluation mode.
         iteration: of the checkpoint.
         images_seen: by then.
-        tracker_run_id: its MLflow run, if any.
     """
 
     run_dir: Path
@@ -38,7 +37,6 @@ class TrainedRun:
     discriminator: Discriminator
     iteration: int
     images_seen: int
-    tracker_run_id: str | None
 
     @property
     def fade_in(self) -> float:
@@ -79,7 +77,6 @@ def open_run(run_dir: Path, checkpoint: str, device: torch.device) -> TrainedRun
         discriminator=discriminator.to(device).eval().requires_grad_(False),
         iteration=state["iteration"],
         images_seen=state["images_seen"],
-        tracker_run_id=state.get("tracker_run_id"),
     )
 
 

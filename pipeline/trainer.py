@@ -32,7 +32,7 @@ class Callback(Protocol):
         """After each iteration, on every rank."""
 
     def on_end(self, trainer: "Trainer") -> None:
-        """After the last iteration, on every rank."""
+        """After the last iteration, on every rank; may be interrupted anywhere."""
 
 
 class Trainer:
@@ -104,7 +104,8 @@ class Trainer:
         Raises:
             NonFiniteLossError: a loss term became NaN or infinite.
             DriftError: the ranks no longer hold the same weights.
-            Interrupted: on all ranks after the same iteration, that of the signal or the next.
+            Interrupted: on all ranks after the same iteration, that of the signal or the next; after the last one, at
+                once.
         """
         while self.iteration < self.config.steps:
             self.step()
@@ -115,9 +116,11 @@ class Trainer:
             if signal_number := self._agreement.greatest(interrupt.signal_number):
                 self._agreement.last()
                 raise Interrupted(signal_number)
-        self._agreement.last()
-        for callback in callbacks:
-            callback.on_end(self)
+        if signal_number := self._agreement.last():
+            raise Interrupted(signal_number)
+        with interrupt.at_once():
+            for callback in callbacks:
+                callback.on_end(self)
 
     def step(self) -> None:
         """One iteration: every phase that is due, then the EMA."""

@@ -219,10 +219,20 @@ def test_the_newest_stay_and_the_best_besides(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 6  # three files and their digests
 
 
+def test_what_a_killed_run_was_writing_does_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-000000005.pt.77.tmp").write_bytes(b"PK half of it")
+    save_checkpoint(state(9), checkpoint_path(tmp_path, 9))
+    prune_checkpoints(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-000000009.pt",
+        "checkpoint-000000009.pt.sha256",
+    ]
+
+
 def keep_checkpoints_of(run_dir: Path, mious: dict[int, float], *, keep: int = 2, best_miou: float = 0.0) -> None:
     """Let the callback save at each of these iterations, where the masks are so good."""
     config = config_from_dict(merge(TINY, {"steps": 99, "log": {"keep_checkpoints": keep}}))
-    tracker = SimpleNamespace(run_id="abc", log_metrics=lambda *_, **__: None)
+    tracker = SimpleNamespace(log_metrics=lambda *_, **__: None)
     callback = Checkpoints(run_dir, tracker, None, best_miou=best_miou, seconds_before=0.0)
     for iteration, miou in mious.items():
         callback._measure = lambda *_, miou=miou: {"mask/miou": miou}

@@ -1,5 +1,6 @@
 """A run that is told to stop saves, says so, ends with the code of the signal, and goes on without a difference."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ from helpers import (
     children,
     ended,
     flags,
+    rows,
     shard_cache,
     train_in_new_process,
     train_in_process,
@@ -21,8 +23,10 @@ from helpers import (
 )
 from test_ranks import TWO_RANKS
 
+from pipeline import callbacks
 from pipeline.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint
 from pipeline.config_io import merge
+from pipeline.mask_metrics import MaskMetrics
 
 EXACT = ("iteration", "images_seen", "generator", "discriminator", "ema", "optimizers", "loader")
 
@@ -91,6 +95,34 @@ def test_sigusr1_ends_with_its_code_and_mlflow_knows_and_further_signals_change_
     assert status() == "KILLED"
     assert train_in_process(tmp_path, "--resume", "run", "--steps", str(steps)).code == 0
     assert status() == "FINISHED"
+
+
+def test_last_evaluation_is_interrupted_at_once_with_all_saved(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = callbacks.generated_mask_metrics
+
+    def told_to_stop(*args: Any, **kwargs: Any) -> MaskMetrics:
+        signal.raise_signal(signal.SIGTERM)
+        return measure(*args, **kwargs)
+
+    arguments_of_both = [*arguments(cache, 3), "--log.grid-interval-images", "8"]
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(callbacks, "generated_mask_metrics", told_to_stop)
+            outcome = train_in_process(tmp_path, *arguments_of_both)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert outcome.code == 143
+    assert saved_state(tmp_path, outcome, "SIGTERM") == 3
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not [row for row in rows(tmp_path / "run") if "mask/miou" in row]
+
+    assert train_in_process(tmp_path, "--resume", "run").code == 0
+    assert "mask/miou" in json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [row["iteration"] for row in rows(tmp_path / "run") if "mask/miou" in row] == [3]
+    assert load_checkpoint(checkpoint_path(tmp_path / "run" / "checkpoints", 3))["metrics"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

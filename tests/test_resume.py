@@ -37,7 +37,7 @@ pytest.importorskip("nvidia.dali")
 
 EVERY_STEP = {"loader": "dali", "log": {"checkpoint_interval_images": BATCH, "keep_checkpoints": 99}}
 EXACT = ("iteration", "images_seen", "seed", "generator", "discriminator", "ema", "optimizers", "loader")
-NOT_OF_THE_SEED = ("speed/", "memory/")
+NOT_OF_THE_SEED = ("speed/", "memory/", "timestamp_ms")
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,10 @@ def test_same_run_dir_goes_on_as_resume_does(whole: Path, cache: Path, tmp_path:
     assert_same_bits(final_state(run_dir), final_state(whole))
 
 
-def test_run_directory_that_is_a_file_is_refused(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["run_dir", "cache_dir"])
+@pytest.mark.parametrize("directory", ["file", "file/below"])
+def test_directory_that_is_a_file_is_refused(key: str, directory: str, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "file" in refused(train_in_process(tmp_path, *arguments(cache, run_dir="file")))
+    line = refused(train_in_process(tmp_path, *arguments(cache, **{"run_dir": "run", key: directory})))
+    assert line == f"error: --{key.replace('_', '-')} {directory}: file is a file, give a directory"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -40,6 +40,7 @@ from pipeline.checkpoints import BEST, checkpoint_path, list_checkpoints, load_c
 from pipeline.config import PRESETS
 from pipeline.config_io import config_from_dict, config_to_dict, flatten, load_config, merge
 from pipeline.interrupt import Interrupt
+from pipeline.mlflow_mirror import KEY_TAG, read_key
 
 SUMMARY = {
     *(f"mask/{name}" for name in ("iou_fg", "iou_bg", "miou", "precision", "recall", "f1", "accuracy")),
@@ -89,7 +90,7 @@ def test_run_writes_into_runs_alone(launched: tuple[Path, Outcome], run_dir: Pat
 
 def test_run_directory_is_as_the_readme_has_it(run_dir: Path) -> None:
     left = {path.name for path in run_dir.iterdir()}
-    assert left == {"config.yaml", "metrics.jsonl", "samples", "checkpoints", "summary.json"}
+    assert left == {"config.yaml", "metrics.jsonl", "samples", "checkpoints", "summary.json", "mlflow_key"}
 
 
 def test_command_tells_where_everything_is(launched: tuple[Path, Outcome], run_dir: Path) -> None:
@@ -205,7 +206,7 @@ def test_mlflow_holds_parameters_metrics_and_pictures(
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == (run_dir.name, "FINISHED")
     assert run.data.params == {key: str(value) for key, value in flatten(load_config(run_dir / "config.yaml")).items()}
-    assert load_checkpoint(checkpoint_path(run_dir / "checkpoints", STEPS))["tracker_run_id"] == run.info.run_id
+    assert run.data.tags[KEY_TAG] == read_key(run_dir)
 
     history = client.get_metric_history(run.info.run_id, "loss/g_main_adversarial")
     expected = [(row["images_seen"], row["loss/g_main_adversarial"]) for row in training_rows(run_dir)]

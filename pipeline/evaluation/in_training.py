@@ -1,7 +1,6 @@
 """Mask metrics: of generated foregrounds against pseudo ground truth, and of the mask predictor on real images."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ from data_shards.loader import make_loader
 from data_shards.shard_set import ShardSet
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
+from pipeline.checkpoints import serialise
 from pipeline.config import Config
 from pipeline.losses import downsample_mask
 from pipeline.mask_metrics import MaskCounter, MaskMetrics
 from pipeline.randomness import Stream, draw
+from pipeline.saving import SaveError, saving
 from pipeline.segmenter import SEGMENTER_VERSION, Segmenter, fit_segmenter, shrink
 
 logger = logging.getLogger(__name__)
@@ -68,10 +69,11 @@ def prepare_pseudo_truth(shard_set: ShardSet, config: Config, device: torch.devi
             device=device,
             progress=progress,
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # runs that share a cache may fit at the same time
-        torch.save({"segmenter": segmenter.state_dict(), "held_out": vars(held_out)}, temporary)
-        temporary.replace(path)
+        try:
+            with saving(path) as temporary, temporary.open("wb") as file:
+                serialise({"segmenter": segmenter.state_dict(), "held_out": vars(held_out)}, file)
+        except SaveError as error:
+            logger.warning("%s: the next run has to fit the segmenter again", error)
     else:
         segmenter = Segmenter().to(device)
         segmenter.load_state_dict(cached["segmenter"])

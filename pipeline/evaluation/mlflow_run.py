@@ -1,11 +1,10 @@
 """An evaluation in the MLflow run of the training that it evaluates."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.tracking import SQLITE, absolute_uri
+from pipeline.mlflow_mirror import SQLITE, absolute_uri, find_run, hide_password, make_client, now_ms, read_key, why
 from pipeline.trained import TrainedRun
 
 logger = logging.getLogger(__name__)
@@ -20,25 +19,25 @@ def log_to_mlflow(run: TrainedRun, metrics: dict[str, float], files: Sequence[Pa
         files: to keep with it.
         folder: of its artifacts, for the files.
     """
-    uri = run.config.log.tracking_uri
-    if uri == "none" or run.tracker_run_id is None:
+    uri, key = run.config.log.tracking_uri, read_key(run.run_dir)
+    if uri == "none":
         return
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():  # MLflow would make an empty one
         logger.warning("not logged to MLflow: %s is not here; evaluate from where the training was started", uri)
         return
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
     from mlflow.entities import Metric
     from mlflow.exceptions import MlflowException
-    from mlflow.utils.time import get_current_time_millis
 
-    client = MlflowClient(tracking_uri=absolute_uri(uri))
-    now = get_current_time_millis()
+    now = now_ms()
     rows = [Metric(name, value, now, run.images_seen) for name, value in metrics.items()]
     try:
-        client.log_batch(run.tracker_run_id, metrics=rows)
+        client = make_client(absolute_uri(uri))
+        mirrored = None if key is None else find_run(client, run.config, key)
+        if mirrored is None:
+            logger.warning("not logged to MLflow: the run is not at %s", hide_password(uri))
+            return
+        client.log_batch(mirrored.info.run_id, metrics=rows)
         for file in files:
-            client.log_artifact(run.tracker_run_id, str(file), artifact_path=folder)
+            client.log_artifact(mirrored.info.run_id, str(file), artifact_path=folder)
     except MlflowException as error:
-        reason = " ".join(str(error).split())
-        logger.warning("not logged to MLflow: run %s at %s: %s", run.tracker_run_id, uri, reason)
+        logger.warning("not logged to MLflow at %s: %s", hide_password(uri), why(error))
