@@ -249,6 +249,15 @@ def training(
         process.wait()
 
 
+def wait_until(done: Callable[[], bool], processes: Sequence[subprocess.Popen[str]], timeout_s: float = 300) -> None:
+    """Until `done`, while all of `processes` live."""
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, "not done in time"
+        assert all(process.poll() is None for process in processes), "ended before"
+        time.sleep(0.05)
+
+
 def children(pid: int) -> list[int]:
     """Processes that a launcher has started: its ranks, in order."""
     try:
