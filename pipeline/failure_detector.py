@@ -80,14 +80,14 @@ class FailureDetector:
     def close(self, fate: Literal["failed", "ended"], reason: str = "") -> None:
         """Tell the others how this rank ends, and watch no longer."""
 
-        async def leave() -> None:
+        def leave() -> None:
             self._ending = True
             self._say(News(self.rank, self._host, fate, reason))
             for writer in self._peers.values():
-                writer.close()
+                writer.close()  # what was said is sent first
             self._loop.call_later(0.1, self._loop.stop)
 
-        self._loop.call_soon_threadsafe(lambda: self._loop.create_task(leave()))
+        self._loop.call_soon_threadsafe(leave)
         self._thread.join(timeout=5)
 
     def what_happened(self, wait_s: float) -> str | None:

@@ -15,7 +15,7 @@ from data_shards.errors import UserError
 from pipeline.checkpoints import list_checkpoints, load_checkpoint
 from pipeline.rendezvous import agree_on_start
 
-WORLD_SIZE, STEPS = 3, 60
+WORLD_SIZE, STEPS = 3, 40
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
