@@ -187,6 +187,9 @@ class Config(_Section):
     """CPU threads of a process; 0 shares the cores among the processes of this machine."""
     collective_timeout_s: Annotated[int, Bounds(1, 1e6)] = 600
     """Seconds that a rank waits for one that neither answers nor is known to be gone, before it ends."""
+    heartbeat_timeout_s: Annotated[int, Bounds(5, 1e6)] = 30
+    """Seconds without a sign of life after which the machine of another rank is gone, and this rank ends. One that is
+    only busy does not fall silent."""
     drift_interval: Count = 500
     """Iterations between comparisons of the ranks' weights, which must be equal; each checkpoint is preceded by one."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,17 +1,16 @@
 """When a rank fails, every rank ends soon, with one line that says which one failed and why, if that is known."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 
 from torch import distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
 
 from data_shards.errors import UserError
 from pipeline.distributed import num_ranks
+from pipeline.failure_detector import ADVICE, FailureDetector
 
 WAIT_S = 10.0
-"""For the other ranks to notice that one is gone, seconds."""
+"""For news of the rank that is gone, seconds."""
 
 
 class LostRankError(UserError):
@@ -19,8 +18,12 @@ class LostRankError(UserError):
 
 
 @contextlib.contextmanager
-def ranks_named() -> Iterator[None]:
+def ranks_named(heartbeat_timeout_s: int) -> Iterator[None]:
     """Let errors name their rank, and let the other ranks name it too.
+
+    Args:
+        heartbeat_timeout_s: seconds without an answer after which another rank's machine is gone. The process then
+            ends, whatever it waits for.
 
     Raises:
         LostRankError: another rank is gone.
@@ -29,20 +32,23 @@ def ranks_named() -> Iterator[None]:
     if num_ranks() == 1:
         yield
         return
-    rank = dist.get_rank()
-    # Not through the group, which a lost rank breaks. The launcher keeps the store, or rank 0.
-    store = PrefixStore("roll-call", dist.distributed_c10d._get_default_store())
+    detector = FailureDetector(heartbeat_timeout_s)
     try:
         yield
     except Exception as error:
         if _is_of_another_rank(error):
-            raise LostRankError(f"rank {rank}: {_what_happened(store, rank, error)}") from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        with contextlib.suppress(RuntimeError):
-            store.set(f"failed/{rank}", reason)
+            unknown = f"the ranks lost each other, though none is known to be gone ({_one_line(error)}); {ADVICE}"
+            happened = detector.what_happened(WAIT_S) or unknown
+            detector.close("ended")
+            raise LostRankError(f"rank {detector.rank}: {happened}") from error
+        detector.close("failed", _one_line(error) or type(error).__name__)
         if isinstance(error, UserError):
-            error.args = (f"rank {rank}: {error}",)
+            error.args = (f"rank {detector.rank}: {error}",)
         raise
+    except BaseException:  # interrupted
+        detector.close("ended")
+        raise
+    detector.close("ended")
 
 
 def _is_of_another_rank(error: Exception) -> bool:
@@ -50,24 +56,5 @@ def _is_of_another_rank(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _what_happened(store: Store, rank: int, error: Exception) -> str:
-    """Ask who is still there; names those that are not."""
-    advice = "every rank ends, and the last checkpoint is whole: go on from there"
-    others = [r for r in range(num_ranks()) if r != rank]
-    try:
-        store.set(f"here/{rank}", "")
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            failed = [r for r in others if store.check([f"failed/{r}"])]
-            silent = [r for r in others if r not in failed and not store.check([f"here/{r}"])]
-            if not silent or failed or time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        if failed:
-            return "; ".join(f"rank {r} failed ({store.get(f'failed/{r}').decode()})" for r in failed)
-    except RuntimeError:  # dist.DistError is one
-        return f"lost the connection to where the ranks meet, the launcher of rank 0; {advice}"
-    if silent:
-        names = " and ".join(f"rank {r}" for r in silent)
-        return f"{names} lost: killed, out of memory, or without a network; {advice}"
-    return f"the ranks lost each other, though all are there ({' '.join(str(error).split())}); {advice}"
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

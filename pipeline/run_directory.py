@@ -6,10 +6,13 @@
 import json
 import logging
 import math
+import os
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from data_shards.errors import UserError
 from pipeline.checkpoints import list_checkpoints, load_checkpoint
@@ -22,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = (
     *("steps", "run_dir", "loader", "verify_data", "cache_dir", "fetched_gb"),
-    *("num_threads", "compile", "recompute", "accumulate", "collective_timeout_s", "drift_interval"),
+    *("num_threads", "compile", "recompute", "accumulate", "drift_interval"),
+    *("collective_timeout_s", "heartbeat_timeout_s"),
     *("log.", "evaluation."),
 )
 """Fields that leave the numbers of the iterations already done as they are. Where `fetched_gb` would change the order
@@ -30,10 +34,16 @@ of the pictures, the loader refuses its state."""
 
 
 def name_run(config: Config) -> Config:
-    """The configuration with a run directory: the given one, or a new one named by data set and time."""
+    """The configuration with a run directory: the given one, or a new one named by data set and time.
+
+    A launcher that starts its processes again, as ``--max-restarts`` allows, gives the time: its own start.
+    """
     if config.run_dir is not None:
         return config
-    return replace(config, run_dir=Path("runs") / f"{config.dataset}-{datetime.now():%Y%m%d-%H%M%S}")
+    time = datetime.now()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time = datetime.fromtimestamp(psutil.Process(os.getppid()).create_time())
+    return replace(config, run_dir=Path("runs") / f"{config.dataset}-{time:%Y%m%d-%H%M%S}")
 
 
 def check_same_run(config: Config, run_dir: Path) -> None:

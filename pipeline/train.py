@@ -73,7 +73,7 @@ def train(config: Config, accelerator: Accelerator, interrupt: Interrupt) -> Non
     with contextlib.closing(open_shards(config, accelerator)) as shard_set:
         loader = _make_loader(config, shard_set, accelerator)
         try:
-            with ranks_named():
+            with ranks_named(config.heartbeat_timeout_s):
                 _train_on(shard_set, loader, config, accelerator, interrupt)
         finally:
             shard_set.close()  # first: it ends what the loader's threads may be waiting for

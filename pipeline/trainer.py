@@ -20,6 +20,7 @@ from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.learner import Learner, Measured
 from pipeline.metrics import MetricMeter
 from pipeline.phases import Networks, Phase
+from pipeline.rendezvous import FRESH
 from pipeline.schedules import is_due, linear_ramp
 
 CHECKPOINT_VERSION = 1
@@ -190,4 +191,5 @@ def make_accelerator(collective_timeout_s: float) -> Accelerator:
     """
     # Every buffer is a function of what all ranks share: broadcasting them would only cost.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_s))])
+    group = InitProcessGroupKwargs(init_method=FRESH, timeout=timedelta(seconds=collective_timeout_s))
+    return Accelerator(kwargs_handlers=[ddp, group])

@@ -249,6 +249,20 @@ def training(
         process.wait()
 
 
+def wait_until(
+    done: Callable[[], object],
+    processes: Sequence[subprocess.Popen[str]],
+    timeout_s: float = 300.0,
+    poll_s: float = 0.05,
+) -> None:
+    """Until `done`, while all of `processes` live."""
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, "not done in time"
+        assert all(process.poll() is None for process in processes), "ended before"
+        time.sleep(poll_s)
+
+
 def children(pid: int) -> list[int]:
     """Processes that a launcher has started: its ranks, in order."""
     try:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sysconfig
 import time
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import PIPES, TRAIN, environment, shard_cache, train_in_process, training_rows
+from helpers import PIPES, TRAIN, environment, shard_cache, train_in_process, training_rows, wait_until
 from test_ranks import STEPS, arguments, assert_trained_alike, final_state
 
 pytestmark = pytest.mark.netns
@@ -28,6 +29,18 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")  # seen in the namespaces alone
 
 def ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, timeout=30, **PIPES).stdout
+
+
+def delete(node: str) -> None:
+    """A namespace and all that runs in it; not a packet leaves it any more."""
+    if not Path("/run/netns", node).exists():
+        return
+    with contextlib.suppress(subprocess.CalledProcessError):  # it went with the other end
+        ip("-n", node, "link", "set", INTERFACE, "down")
+    for pid in ip("netns", "pids", node).split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    ip("netns", "delete", node)
 
 
 @contextlib.contextmanager
@@ -50,10 +63,7 @@ def two_nodes() -> Iterator[tuple[str, str]]:
         yield nodes
     finally:
         for node in made:
-            for pid in ip("netns", "pids", node).split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            ip("netns", "delete", node)
+            delete(node)
 
 
 def launch(node: str, machine_rank: int, cwd: Path, *train_arguments: str) -> subprocess.Popen[str]:
@@ -112,3 +122,23 @@ def test_two_nodes_match_one_process(cache: Path, tmp_path: Path) -> None:
     weights = [value for name in ("generator", "discriminator") for value in final_state(shared)[name].values()]
     num_bytes = STEPS * sum(value.nbytes for value in weights)
     assert all(link["stats64"]["rx"]["bytes"] > num_bytes for link in links)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_node_that_vanishes_is_named_by_the_other_which_ends(lost: int, cache: Path, tmp_path: Path) -> None:
+    """No connection is closed, packets just stop; the lost node is once that of rank 0 and of the launcher's store."""
+    train = arguments(cache, run_dir=tmp_path / "run", steps=100_000, heartbeat_timeout_s=5)
+    metrics, nodes_at = tmp_path / "run" / "metrics.jsonl", [tmp_path / "node-0", tmp_path / "node-1"]
+    with two_nodes() as nodes:
+        launched = [launch(nodes[rank], rank, nodes_at[rank], *train) for rank in (0, 1)]
+        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, launched)
+        delete(nodes[lost])
+        survivor = 1 - lost
+        code = launched[survivor].wait(60)
+        assert ip("netns", "pids", nodes[survivor]) == ""
+    errors = [line for line in (nodes_at[survivor] / "err").read_text().splitlines() if line.startswith("error:")]
+    assert code != 0
+    assert errors == [
+        f"error: rank {survivor}: rank {lost} ({socket.gethostname()}) lost: nothing heard for 5 s, so the machine or "
+        "its network is gone; every rank ends, and the last checkpoint is whole: go on from there"
+    ]
