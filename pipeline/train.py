@@ -30,6 +30,7 @@ from pipeline.roll_call import ranks_named
 from pipeline.run_directory import check_same_run, load_newest_whole, name_run, write_config, write_summary
 from pipeline.tracking import Trackers, make_tracker
 from pipeline.trainer import Trainer, make_accelerator
+from pipeline.zero import check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ def train(config: Config, accelerator: Accelerator, interrupt: Interrupt) -> Non
     """
     run_dir = config.run_dir
     assert run_dir is not None
+    if config.backend == "deepspeed":
+        check_installed()
     check_same_run(config, run_dir)
     ranks = accelerator.num_processes
     if config.batch % (GROUP_SIZE * ranks * config.accumulate):
