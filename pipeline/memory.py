@@ -37,8 +37,8 @@ class Held:
     Attributes:
         weights: parameters and buffers of G, D and the average of G; from stage 1 on, Adam's copy of its part too.
         optimizer: Adam's two moments.
-        gradients: the most at a time; those of G and D together with DDP, which keeps them until their next phase.
-        buckets: what gradients are gathered in to be sent.
+        gradients: the most at a time; of G and D together with DDP, which keeps them until the network's next phase.
+        buckets: what gradients are gathered in to be sent, the most at a time.
     """
 
     weights: int
@@ -48,7 +48,7 @@ class Held:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of it, at most."""
         return sum(astuple(self))
 
 
@@ -71,7 +71,9 @@ def held(generator: nn.Module, discriminator: nn.Module, stage: int | None, rank
     else:
         parts = [-(-n // (PAD * ranks)) * PAD for n in whole]
         padding = ranks * sum(parts) - sum(whole)
-        gradients = max(whole) if stage == 1 else max(map(largest_share, sizes, parts))
+        # Before a step, its part is copied out of the gradients that stage 2 has kept; stage 1 has kept all until then.
+        at_step = max(largest_share(each, part) + part for each, part in zip(sizes, parts, strict=True))
+        gradients = max(at_step, *whole) if stage == 1 else at_step
         bucket = settings(stage)["zero_optimization"]["reduce_bucket_size"]
         elements = Held(settled + padding + sum(parts), 2 * sum(parts), gradients, bucket)
     return Held(*(FLOAT_BYTES * n for n in astuple(elements)))

@@ -23,9 +23,9 @@ from pipeline.engine import Engine
 from pipeline.finite_guard import NonFiniteLossError
 from pipeline.learner import Learner
 from pipeline.trainer import make_accelerator
-from pipeline.zero import zero_engine
+from pipeline.zero import PartitionedEngine, ReplicatedEngine, zero_engine
 
-STEPS = 20  # R1 at every third
+STEPS, HALF = 20, 10  # R1 at every third
 BACKENDS: dict[str, dict[str, Any]] = {"ddp": {}}
 BACKENDS |= {f"zero{stage}": {"backend": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2)}
 HANDED = ("ddp", "zero2", "zero1", "zero0", "ddp")
@@ -81,30 +81,34 @@ def measure(learner: Learner, config: Config) -> dict[str, int]:
     networks = learner.generator, learner.discriminator
     parameters = [p for network in networks for p in network.parameters()]
     most = {"gradients": 0, "buckets": 0}
+    zeros = [engine._engine.optimizer for engine in learner.engines.values() if isinstance(engine, PartitionedEngine)]
 
-    def look(*_: Any) -> None:
+    def look(*more: Tensor) -> None:
         """At the gradients and at what they are gathered in."""
-        buckets, gradients = [], [p.grad for p in parameters if p.grad is not None]
-        for engine in learner.engines.values():
-            zero = getattr(getattr(engine, "_engine", None), "optimizer", None)
-            for bucket in getattr(zero, "ipg_buckets", {}).values():
-                buckets += bucket.buffer
-            for part in getattr(zero, "averaged_gradients", {}).values():
-                gradients += part or []
+        buckets, gradients = [], [*more, *(p.grad for p in parameters if p.grad is not None)]
+        for zero in zeros:
+            buckets += [buffer for bucket in zero.ipg_buckets.values() for buffer in bucket.buffer]
+            gradients += [x for part in zero.averaged_gradients.values() for x in part or ()]
         shared = {x.untyped_storage().data_ptr() for x in buckets}
         gradients = [x for x in gradients if x.untyped_storage().data_ptr() not in shared]
         for name, tensors in (("gradients", gradients), ("buckets", buckets)):
             most[name] = max(most[name], storage_bytes(tensors))
 
     for p in parameters:
-        p.requires_grad_().register_post_accumulate_grad_hook(look)
+        p.requires_grad_().register_post_accumulate_grad_hook(lambda _: look())
+    for zero in zeros:
+
+        def flattened(tensors: list[Tensor], flatten: Any = zero.flatten) -> Tensor:
+            flat: Tensor = flatten(tensors)
+            look(flat)
+            return flat
+
+        zero.flatten = flattened
     for engine in learner.engines.values():
-        norm = engine.gradient_norm
-        engine.gradient_norm = lambda norm=norm: (look(), norm())[1]  # type: ignore[method-assign]
         if isinstance(engine.module, nn.parallel.DistributedDataParallel):
             sizes = engine.module._get_ddp_logging_data()["bucket_sizes"]
             most["buckets"] += sum(map(int, sizes.split(", ")))
-        elif config.zero_stage == 0:
+        elif type(engine) is ReplicatedEngine:
             deepspeed, reduce = engine._engine, engine._engine.allreduce_bucket
 
             def reduced(bucket: list[Tensor], *args: Any, reduce: Any = reduce, **kwargs: Any) -> Any:
@@ -140,8 +144,9 @@ def main() -> None:
     for backend in BACKENDS:
         config = config_of(backend)
         learner = rounding_alike(make_learner(config, accelerator))
-        train(learner, config, range(STEPS))
-        save(learner, backend)
+        for steps in (range(HALF), range(HALF, STEPS)):
+            train(learner, config, steps)
+            save(learner, f"{backend}-{steps.stop}")
 
     state = None
     for i, backend in enumerate(HANDED):
@@ -150,7 +155,7 @@ def main() -> None:
         if state is not None:
             learner.load_state_dict(state)
         rounding_alike(learner)
-        train(learner, config, range(i * STEPS // len(HANDED), (i + 1) * STEPS // len(HANDED)))
+        train(learner, config, range(i * HALF // len(HANDED), (i + 1) * HALF // len(HANDED)))
         state = save(learner, f"handed-{i}")
 
     for backend in BACKENDS:
