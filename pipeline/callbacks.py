@@ -220,8 +220,9 @@ class Checkpoints:
     def _save(self, trainer: Trainer, measured: dict[str, float]) -> None:
         self._last = trainer.iteration
         trainer.refuse_drift()
+        self._background.wait()  # no more than one copy of the run in memory
+        state = trainer.state_dict()  # on all ranks: each may hold a part of it
         if self._tracker is not None:
-            self._background.wait()  # no more than one copy of the run in memory
             if measured:
                 self.metrics = measured
                 self._tracker.log_metrics(measured, iteration=trainer.iteration, images_seen=trainer.images_seen)
@@ -230,7 +231,7 @@ class Checkpoints:
                 miou = 0.0
             is_best = miou >= self.best_miou or not (self._directory / BEST).is_file()
             former_best, self.best_miou = self.best_miou, max(miou, self.best_miou)
-            state = trainer.state_dict() | {
+            state |= {
                 "best_miou": self.best_miou,
                 "seconds": self.seconds,
                 "metrics": self.metrics,

@@ -160,6 +160,10 @@ class Config(_Section):
     """Images a step over all ranks; a multiple of 4 times the ranks."""
     accumulate: Count = 1
     """Micro-batches that a rank computes a step in, one after the other: less memory, the same numbers."""
+    backend: Literal["ddp", "deepspeed"] = "ddp"
+    """Who keeps the ranks in step: torch's DistributedDataParallel, or DeepSpeed. The numbers are the same."""
+    zero_stage: Annotated[int, Bounds(0, 2)] = 0
+    """What DeepSpeed parts among the ranks: 0 nothing, 1 Adam's state, 2 Adam's state and gradients."""
     steps: Count = 300_000
     """Iterations to train in all."""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
@@ -204,6 +208,11 @@ class Config(_Section):
     """Mask metrics."""
 
     def __post_init__(self) -> None:
+        if self.zero_stage == 3:
+            raise UserError(
+                "zero_stage 3 is not possible: it parts the weights too, and gathers a layer's for its forward and its "
+                "backward pass, not for R1's second derivative; give 0, 1 or 2"
+            )
         for name, value, bounds in _bounded_fields(self):
             if not bounds.low <= value <= bounds.high:
                 low, high = (f"{bound:.10g}" for bound in bounds)
@@ -225,6 +234,10 @@ class Config(_Section):
             raise UserError(
                 f"batch {self.batch} does not divide into {self.accumulate} micro-batches in groups of "
                 f"{STDDEV_GROUP_SIZE}: give --batch a multiple of {STDDEV_GROUP_SIZE * self.accumulate}"
+            )
+        if self.zero_stage and self.backend != "deepspeed":
+            raise UserError(
+                f"zero_stage {self.zero_stage} is of DeepSpeed: give --backend deepspeed too, or --zero-stage 0"
             )
         if self.model.channel_base < 4 * self.resolution:
             raise UserError(

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from models.generator import FurryGenerator
 from models.widths import Widths
 from pipeline.config import Config, Precision
 from pipeline.distributed import global_batch_mean, global_mean
+from pipeline.engine import Engine
 from pipeline.finite_guard import FiniteGuard
 from pipeline.phases import Networks, Phase, Step, training_phases
 from pipeline.randomness import draw
@@ -50,9 +50,8 @@ class Learner:
         ema: exponential moving average of G, with its truncation centres.
         networks: G and D as the phases use them.
         optimizers: Adam by network, "generator" and "discriminator".
+        engines: what trains them, likewise.
         phases: of an iteration, in order.
-        backward: computes gradients from a loss; gradient synchronisation puts its own in place.
-        unsynchronised: makes a context in which gradients of one of `networks` stay on their rank; likewise.
         guard: keeps the optimizers from a step with what is not finite.
 
     Args:
@@ -77,14 +76,12 @@ class Learner:
         ).to(device)
         self.discriminator = Discriminator(config.resolution, widths, recompute=config.recompute).to(device)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        self.networks = Networks(self.generator, self.discriminator, self.generator, self.discriminator)
         d_lazy_ratio = config.loss.r1_interval / (config.loss.r1_interval + 1)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "generator": _adam(self.generator, config.optimizer.learning_rate, G_LAZY_RATIO),
             "discriminator": _adam(self.discriminator, config.optimizer.learning_rate, d_lazy_ratio),
         }
-        self.backward: Callable[[Tensor], None] = torch.Tensor.backward
-        self.unsynchronised: Callable[[nn.Module], AbstractContextManager[Any]] = contextlib.nullcontext
+        self.synchronise(Engine)
         self.guard = FiniteGuard(device)
         for optimizer in self.optimizers.values():
             optimizer.found_inf = self.guard.tripped  # type: ignore[attr-defined]
@@ -92,6 +89,19 @@ class Learner:
         if config.compile:
             self.generator.compile()
             self.discriminator.compile()
+
+    def synchronise(self, make_engine: Callable[[nn.Module, torch.optim.Optimizer], Engine]) -> None:
+        """Train by other engines from now on.
+
+        Args:
+            make_engine: takes a network and its Adam.
+        """
+        self.engines = {
+            "generator": make_engine(self.generator, self.optimizers["generator"]),
+            "discriminator": make_engine(self.discriminator, self.optimizers["discriminator"]),
+        }
+        generator, discriminator = (engine.module for engine in self.engines.values())
+        self.networks = Networks(self.generator, self.discriminator, generator, discriminator)
 
     def run(self, phase: Phase, iteration: int, images: Tensor, slots: Sequence[int] | NDArray[np.int64]) -> Measured:
         """One optimizer step of one phase.
@@ -111,24 +121,22 @@ class Learner:
         """
         self.generator.requires_grad_(phase.trains == "generator")
         self.discriminator.requires_grad_(phase.trains == "discriminator")
-        optimizer = self.optimizers[phase.trains]
-        optimizer.zero_grad()
+        engine = self.engines[phase.trains]
+        engine.zero_grad()
         steps = self._micro_steps(phase, iteration, images, np.asarray(slots))
-        synced = getattr(self.networks, f"{phase.trains}_synced")
         results = []
         for i, step in enumerate(steps, start=1):
-            with contextlib.nullcontext() if i == len(steps) else self.unsynchronised(synced):
+            with contextlib.nullcontext() if i == len(steps) else engine.accumulating():
                 with self._modes(phase):
                     result = phase.compute(step)
-                self.backward(result.loss / len(steps))
+                engine.backward(result.loss / len(steps))
             results.append(result)
-        network = getattr(self, phase.trains)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+        norm = engine.gradient_norm()
         terms = _means([result.terms for result in results])
         # Weighted: a finite term may overflow with its weight.
         losses = {f"{phase.name}_{name}": results[0].weights[name] * value for name, value in terms.items()}
         self.guard.watch(phase.name, iteration, losses, norm)
-        optimizer.step()
+        engine.step()
         if generated := [result.generated for result in results if result.generated is not None]:
             w_foreground = torch.cat([out.w_foreground for out in generated])
             w_background = torch.cat([out.w_background for out in generated])
@@ -170,7 +178,7 @@ class Learner:
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, buffers and what the optimizers remember; not a copy.
+        """Weights, buffers and what the optimizers remember; not a copy. All ranks call it; rank 0's is complete.
 
         Raises:
             NonFiniteLossError: training has broken since the last call.
@@ -180,7 +188,7 @@ class Learner:
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": {name: engine.optimizer_state() for name, engine in self.engines.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -188,8 +196,8 @@ class Learner:
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         self.ema.load_state_dict(state["ema"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        for name, engine in self.engines.items():
+            engine.load_optimizer_state(state["optimizers"][name])
 
     @torch.no_grad()
     def update_ema(self, images_seen: int) -> None:

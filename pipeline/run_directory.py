@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = (
     *("steps", "run_dir", "loader", "verify_data", "cache_dir", "fetched_gb"),
-    *("num_threads", "compile", "recompute", "accumulate", "drift_interval"),
-    *("collective_timeout_s", "heartbeat_timeout_s"),
+    *("num_threads", "compile", "recompute", "accumulate", "backend", "zero_stage"),
+    *("collective_timeout_s", "heartbeat_timeout_s", "drift_interval"),
     *("log.", "evaluation."),
 )
 """Fields that leave the numbers of the iterations already done as they are. Where `fetched_gb` would change the order

@@ -32,6 +32,7 @@ from pipeline.run_directory import check_same_run, load_newest_whole, name_run, 
 from pipeline.saving import refuse_file_in_the_way
 from pipeline.tracking import RunTracker, make_tracker
 from pipeline.trainer import Trainer, make_accelerator
+from pipeline.zero import check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ def train(config: Config, accelerator: Accelerator, interrupt: Interrupt) -> Non
     """
     run_dir = config.run_dir
     assert run_dir is not None
+    if config.backend == "deepspeed":
+        check_installed()
     check_same_run(config, run_dir)
     refuse_file_in_the_way(config.cache_dir, "--cache-dir")
     refuse_unknown_store(config.log.tracking_uri)

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+from torch.optim import Optimizer
 
 from data_shards.errors import UserError
 from data_shards.loader import Loader
@@ -14,14 +16,17 @@ from data_shards.order import rank_slots
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from pipeline.config import Config
+from pipeline.ddp import DdpEngine
 from pipeline.distributed import Agreement
 from pipeline.drift import refuse_drift
+from pipeline.engine import Engine
 from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.learner import Learner, Measured
 from pipeline.metrics import MetricMeter
-from pipeline.phases import Networks, Phase
+from pipeline.phases import Phase
 from pipeline.rendezvous import FRESH
 from pipeline.schedules import is_due, linear_ramp
+from pipeline.zero import zero_engine
 
 CHECKPOINT_VERSION = 1
 
@@ -59,20 +64,14 @@ class Trainer:
         self.iteration = 0
         self.seconds_waiting = 0.0
         self.learner = Learner(config, accelerator.device)
-        self._synchronise()
+        self.learner.synchronise(self._make_engine)
         self._agreement = Agreement(config.collective_timeout_s)
         self._slots = rank_slots(config.batch, accelerator.process_index, accelerator.num_processes)
 
-    def _synchronise(self) -> None:
-        """Let accelerate average the gradients over the ranks."""
-        learner = self.learner
-        generator, discriminator, *optimizers = self.accelerator.prepare(
-            learner.generator, learner.discriminator, *learner.optimizers.values()
-        )
-        learner.networks = Networks(learner.generator, learner.discriminator, generator, discriminator)
-        learner.optimizers = dict(zip(learner.optimizers, optimizers, strict=True))
-        learner.backward = self.accelerator.backward
-        learner.unsynchronised = self.accelerator.no_sync
+    def _make_engine(self, network: nn.Module, optimizer: Optimizer) -> Engine:
+        if self.config.backend == "deepspeed":
+            return zero_engine(network, optimizer, self.config, self.accelerator.device)
+        return DdpEngine(network, optimizer, self.accelerator)
 
     @property
     def generator(self) -> FurryGenerator:
@@ -153,7 +152,7 @@ class Trainer:
         """All that training needs to go on exactly.
 
         Schedules and random numbers are functions of the iteration and the seed (see `pipeline/randomness.py`), so
-        those two are their state.
+        those two are their state. All ranks call it; rank 0's is complete.
 
         Raises:
             NonFiniteLossError: training has broken since the last checkpoint.

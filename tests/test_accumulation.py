@@ -54,7 +54,8 @@ def test_micro_batches_keep_less() -> None:
     def most_kept(config: Config) -> int:
         learner, now, most = Learner(config, CPU), 0, 0
         images = torch.zeros(B, 3, config.resolution, config.resolution)
-        backward = learner.backward
+        engine = learner.engines["discriminator"]
+        backward = engine.backward
 
         def keep(x: torch.Tensor) -> torch.Tensor:
             nonlocal now, most
@@ -67,7 +68,7 @@ def test_micro_batches_keep_less() -> None:
             backward(loss)
             now = 0
 
-        learner.backward = release
+        engine.backward = release  # type: ignore[method-assign]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             learner.run(learner.phases[0], 0, images, range(B))
         return most

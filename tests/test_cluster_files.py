@@ -79,21 +79,6 @@ def test_accelerate_trains_by_the_configuration_for_one_cpu(
     assert [row["iteration"] for row in training_rows(tmp_path / "run")] == [1, 2]
 
 
-# --- DeepSpeed ---
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_deepspeed_takes_its_configurations(stage: int) -> None:
-    runtime = pytest.importorskip("deepspeed.runtime.config", reason="deepspeed is not installed")
-    tree = json.loads((CLUSTER / "deepspeed" / f"zero{stage}.json").read_text())
-    # What accelerate puts in place of "auto".
-    tree = {key: 4 if value == "auto" else value for key, value in tree.items()}
-    config = runtime.DeepSpeedConfig(tree)
-    assert (config.zero_optimization_stage, config.train_batch_size) == (stage, 16)
-    assert not config.float16_config.enabled and not config.bfloat16_config.enabled
-    assert config.optimizer_name is None  # ours is made in pipeline/learner.py
-
-
 # --- Kubernetes ---
 
 

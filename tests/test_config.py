@@ -202,7 +202,8 @@ def test_common_overrides_are_short(flag: str, text: str, value: Any) -> None:
 def test_every_field_can_be_set_from_the_command_line() -> None:
     before = config_from_dict({"data": "x"})
     chosen = {"dataset": "cub", "loader": "webdataset", "precision": "bf16"}
-    chosen |= {"resolution": "64", "model.z_dim_background": "64"}
+    chosen |= {"resolution": "64", "model.z_dim_background": "64", "backend": "deepspeed"}
+    besides = {"zero_stage": ["--backend", "deepspeed"]}
     for name, _, hint in leaves():
         flag, old = "--" + name.replace("_", "-"), get(before, name)
         if hint is bool:
@@ -213,7 +214,8 @@ def test_every_field_can_be_set_from_the_command_line() -> None:
         new = chosen.get(name)
         if new is None:
             new = str(old * 2 or 1) if isinstance(old, int) else "0.25" if isinstance(old, float) else "other"
-        assert str(get(parse_config("", ["--data", "x", flag, new]), name)) == new, name
+        arguments = ["--data", "x", flag, new, *besides.get(name, [])]
+        assert str(get(parse_config("", arguments), name)) == new, name
 
 
 def test_resolution_is_that_of_the_shards_unless_said(tmp_path: Path) -> None:
