@@ -1,6 +1,7 @@
 """The training loop: a learner, its data and its gradient synchronisation; what is seen of it is left to callbacks."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -187,4 +188,6 @@ def make_accelerator(collective_timeout_s: float) -> Accelerator:
     """
     # Every buffer is a function of what all ranks share: broadcasting them would only cost.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    # torch has another name for it, which accelerate 1.15 cannot pass on.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     return Accelerator(kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_s))])
