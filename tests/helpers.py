@@ -84,7 +84,7 @@ def run_in_process(main: Callable[[], None], script: Path, cwd: Path, *arguments
     """A command on one rank in this process."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
-        own_state(),
+        _own_state(),
         contextlib.chdir(cwd),
         mock.patch.object(sys, "argv", [str(script), *arguments]),
         contextlib.redirect_stdout(out),
@@ -134,7 +134,7 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def own_state() -> Iterator[None]:
+def _own_state() -> Iterator[None]:
     """Undo what a command leaves in its process: log handlers on a captured stream, accelerate's singletons."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -166,7 +166,7 @@ def furballs(cache: Path) -> Path:
 def tiny_trainer(cache: Path, **overrides: Any) -> Iterator[Trainer]:
     """A trainer on one rank, without the command around it."""
     config = config_from_dict(merge(TINY, overrides))
-    with own_state():
+    with _own_state():
         accelerator = make_accelerator(600.0)
         shard_set = ShardSet.open(furballs(cache), resolution=config.resolution)
         loader = make_loader(

@@ -1,10 +1,10 @@
 """World size changes no number: 1, 2 and 4 ranks train the same weights and measure the same figures.
 
-Real processes, gloo, one start for each number of ranks; `rank_records.py` is what they do. Sums are taken in another
+Real processes, gloo; `rank_records.py` is what they do. Sums are taken in another
 order, and nothing else differs. But the GAN is chaotic: at the paper's learning rate of 2e-3 a difference in the last
 bit grows by a factor of 2 to 3 a step, in whatever way it came about, until it is 1e-3 of the weights after 40 steps
-(the tests of 4 steps in `test_ranks.py` have that learning rate). So the 40 steps here are small ones, of 1e-4; and
-since they move the weights by 3e-3 of their norm or less, the difference is also held against how far they moved.
+(the tests of 4 steps in `test_ranks.py` have that learning rate). So the 40 steps here are small ones, of 3e-5; and
+since they move the weights by 1e-3 of their norm or less, the difference is also held against how far they moved.
 """
 
 import subprocess
@@ -12,19 +12,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import PIPES, assert_same_bits, environment, own_state, shard_cache
-from rank_records import GLOBAL_BATCH, PHI1, RECIPES, STEPS, record
+from helpers import PIPES, assert_same_bits, environment, shard_cache
+from rank_records import GLOBAL_BATCH, PHI1, RANKS, RECIPES, STEPS
+from test_ranks import assert_weights_alike
 from torch import Tensor
 
-from pipeline import learner
-
 SCRIPT = Path(__file__).parent / "rank_records.py"
-RANKS = (1, 2, 4)
 NETWORKS = ("generator", "discriminator", "ema")
 
 Records = Mapping[int, Mapping[str, list[dict[str, Any]]]]
@@ -33,22 +30,16 @@ Records = Mapping[int, Mapping[str, list[dict[str, Any]]]]
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
-    cache, found = shard_cache(tmp_path_factory), {}
-    for num in RANKS:
-        out = tmp_path_factory.mktemp(f"ranks-{num}")
-        if num == 1:
-            with own_state(), mock.patch.object(learner, "draw", learner.draw):
-                record(cache, out)
-        else:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num)]
-            threads = {"OMP_NUM_THREADS": "1"}
-            call = [*launcher, str(SCRIPT), str(cache), str(out)]
-            done = subprocess.run(call, env=environment() | threads, timeout=400, **PIPES)
-            assert done.returncode == 0, done.stderr
-        found[num] = {
-            recipe: [torch.load(out / f"{recipe}-{r}.pt", weights_only=False) for r in range(num)] for recipe in RECIPES
-        }
-    return found
+    out = tmp_path_factory.mktemp("ranks")
+    call = [sys.executable, str(SCRIPT), str(shard_cache(tmp_path_factory)), str(out)]
+    done = subprocess.run(call, env=environment() | {"OMP_NUM_THREADS": "1"}, timeout=500, **PIPES)
+    assert done.returncode == 0, done.stderr
+    return {num: {recipe: [read(out / str(num), recipe, r) for r in range(num)] for recipe in RECIPES} for num in RANKS}
+
+
+def read(out: Path, recipe: str, rank: int) -> dict[str, Any]:
+    record: dict[str, Any] = torch.load(out / f"{recipe}-{rank}.pt", weights_only=False)
+    return record
 
 
 def flat(state: Mapping[str, Tensor]) -> Tensor:
@@ -59,13 +50,10 @@ def flat(state: Mapping[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("num", RANKS[1:])
 def test_weights_after_40_steps_are_those_of_one_rank(num: int, recipe: str, records: Records) -> None:
     one, several = records[1][recipe][0], records[num][recipe][0]
+    assert_weights_alike(several, one)
     for name in NETWORKS:
         before, expected, actual = (flat(r) for r in (one[f"{name}_before"], one[name], several[name]))
-        assert (actual - expected).norm() <= 1e-5 * expected.norm(), name
         assert (actual - expected).norm() <= 1e-3 * (expected - before).norm(), name
-        for key, value in one[name].items():
-            difference = (several[name][key] - value).double().square().mean().sqrt()
-            assert difference <= 1e-5 * (1 + value.double().square().mean().sqrt()), f"{name}.{key}"
 
 
 def test_40_steps_by_another_recipe_are_told_apart(records: Records) -> None:
