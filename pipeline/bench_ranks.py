@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
+from torch._C._distributed_c10d import FileStore
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from data_shards.command import run_command
@@ -73,7 +75,7 @@ def measure(config: Config, ranks: Sequence[int], repetitions: int) -> list[Meas
         context = mp.get_context("spawn")
         results, barrier = context.SimpleQueue(), context.Barrier(num)
         with tempfile.TemporaryDirectory() as directory:
-            mp.start_processes(_rank, (num, config, repetitions, directory, barrier, results), nprocs=num)
+            start_processes(_rank, (num, config, repetitions, directory, barrier, results), nprocs=num)
         alone, together, loopback = results.get()
         measured.append(
             Measured(
@@ -107,7 +109,7 @@ def _rank(rank: int, num: int, config: Config, repetitions: int, directory: str,
     alone, together, loopback = [], [], []
     for repetition in range(repetitions):
         alone.append(_seconds(Learner(config, CPU), config, rank, num, barrier)[0])
-        store = dist.FileStore(f"{directory}/{repetition}", num)
+        store = FileStore(f"{directory}/{repetition}", num)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=num)
         seconds, sent = _seconds(_synchronised(config) if num > 1 else Learner(config, CPU), config, rank, num, barrier)
         together.append(seconds)
@@ -262,6 +264,7 @@ def _parse() -> argparse.Namespace:
     add("--batch", type=int, help="global; the preset's by default")
     add("--ranks", type=int, nargs="*", default=[1, 2, 4], help="numbers of ranks to measure; none: paper alone")
     add("--repetitions", type=int, default=3, help="of everything, in turn")
+    add("--paper", action=argparse.BooleanOptionalAction, default=True, help="print the model on paper")
     add("--paper-dataset", choices=PRESETS, default="ffhq", help="preset of the model on paper")
     add("--adapters", type=int, default=Cluster.adapters, help="of InfiniBand a node, on paper")
     return parser.parse_args()
@@ -287,6 +290,8 @@ def main() -> None:
             f"{cores} CPU cores; torch {torch.__version__}\n"
         )
         print(measured_table(measure(config, arguments.ranks, arguments.repetitions), config), end="\n\n", flush=True)
+    if not arguments.paper:
+        return
     base = preset(arguments.paper_dataset, data="none")
     work = {resolution: count(replace(base, resolution=resolution)) for resolution in PAPER_RESOLUTIONS}
     print("\n\n".join(paper(base, replace(Cluster(), adapters=arguments.adapters), work)))

@@ -6,8 +6,9 @@ with memory or its launch takes, whichever is longest (a roofline); gradients ar
 pass. Nothing of this was measured on a GPU. Needs torch alone.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from models import ops
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from models.widths import Widths
@@ -23,8 +25,9 @@ from pipeline.costs import Counter
 from pipeline.phases import Networks, Phase, Step, training_phases
 from pipeline.randomness import Draw
 
-COUNTED_AT = (4, 8)
-"""Batches of a rank that are counted; every operator's work is a straight line in the batch."""
+COUNTED_AT = (8, 16)
+"""Batches of a rank that are counted; the work of an operator is a straight line in the batch. (At 4, where there is one
+minibatch-stddev group, some copies are not made.)"""
 
 UPDATE_BYTES = 36
 """Memory traffic of a parameter's update: the gradient read for its norm and cleared, Adam reading 4 and writing 3."""
@@ -88,7 +91,8 @@ class _Operators(Counter):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         flops, bytes_moved = self.flops, self.bytes_moved
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if self.bytes_moved > bytes_moved:  # no view, and nothing that only makes room
+        # No view; and no question about a tensor, which fakes are asked and kernels are not.
+        if func.namespace == "aten" and self.bytes_moved > bytes_moved:
             self.work.append((self.flops - flops, self.bytes_moved - bytes_moved))
         return out
 
@@ -220,10 +224,20 @@ def num_small_reductions(phase: Phase, config: Config) -> int:
     return 4 if config.loss.area_over_batch else 2
 
 
+@contextlib.contextmanager
+def _own_constants() -> Iterator[None]:
+    """The filters that `models.ops` makes once are neither counted in one run alone, nor left behind as fakes."""
+    ops._binomial_filter.cache_clear()
+    try:
+        yield
+    finally:
+        ops._binomial_filter.cache_clear()
+
+
 def _work(phase: Phase, networks: Networks, trained: nn.Module, config: Config, batch: int) -> tuple[int, Tensor]:
     """Operators of the forward pass, and FLOPs and bytes of all, ``[operators, 2]``."""
     generator = networks.generator
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _own_constants(), FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(batch, 3, config.resolution, config.resolution)
         draw = None
         if phase.stream is not None:
