@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -122,6 +123,7 @@ def _rank(rank: int, num: int, config: Config, repetitions: int, directory: str,
 
 def _synchronised(config: Config) -> Learner:
     """As the trainer has accelerate do it."""
+    warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)  # in dimensions of size 1 alone
     learner = Learner(config, CPU)
     wrapped = [
         DistributedDataParallel(network, forward_sync_buffers=False)

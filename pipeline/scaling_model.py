@@ -26,8 +26,8 @@ from pipeline.phases import Networks, Phase, Step, training_phases
 from pipeline.randomness import Draw
 
 COUNTED_AT = (8, 16)
-"""Batches of a rank that are counted; the work of an operator is a straight line in the batch. (At 4, where there is one
-minibatch-stddev group, some copies are not made.)"""
+"""Batches of a rank that are counted; an operator's work is a straight line in the batch. At 4, where there is but one
+minibatch-stddev group, a few copies are not made."""
 
 UPDATE_BYTES = 36
 """Memory traffic of a parameter's update: the gradient read for its norm and cleared, Adam reading 4 and writing 3."""

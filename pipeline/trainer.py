@@ -190,4 +190,5 @@ def make_accelerator(collective_timeout_s: float) -> Accelerator:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # torch has another name for it, which accelerate 1.15 cannot pass on.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)  # in dimensions of size 1 alone
     return Accelerator(kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_s))])
