@@ -32,6 +32,7 @@ from pipeline.checkpoints import copy_to_host, save_checkpoint
 from pipeline.config import PRESETS, Config, preset
 from pipeline.costs import Cost, Counter, matmul_flop_per_s, peak_bytes, seconds_of
 from pipeline.learner import uses_bfloat16
+from pipeline.randomness import Stream, draw
 from pipeline.schedules import is_due
 
 
@@ -161,6 +162,19 @@ def checkpoint_cost(variant: Variant, device: torch.device) -> CheckpointCost:
         path = Path(directory) / "checkpoint.pt"
         write = seconds_of(lambda: save_checkpoint(copies[-1], path), device)
         return CheckpointCost(stall, write, path.stat().st_size)
+
+
+def drawing_share(variant: Variant, device: torch.device, iteration_seconds: float, repetitions: int) -> float:
+    """Share of an iteration's time that goes into its latents and noise, each sample's by its place in the run."""
+    config, generator = variant.config, variant.make(device).learner.generator
+    sizes = {"z_dim": generator.z_dim, "num_noise": generator.num_noise}
+
+    def draw_all() -> None:
+        for stream in (Stream.D_MAIN, Stream.G_MAIN):
+            draw(config.seed, stream, 0, range(config.batch), **sizes, device=device)
+
+    draw_all()
+    return statistics.median(seconds_of(draw_all, device) for _ in range(repetitions)) / iteration_seconds
 
 
 def waiting_share(variant: Variant, device: torch.device, data: Path, kind: Any, iterations: int) -> float:
@@ -339,6 +353,10 @@ def main() -> None:
             f"\ncheckpoint of {checkpoint.bytes / 1e6:.0f} MB: training stalls for {checkpoint.stall_seconds:.2f} s, "
             f"writing in the background takes {checkpoint.write_seconds:.2f} s"
         )
+        drawing = drawing_share(
+            variants[0], device, measured[variants[0].name].iteration.seconds, 5 * arguments.repetitions
+        )
+        print(f"latents and noise, drawn sample by sample: {drawing:.2%} of an iteration")
         figures = {
             "dataset": config.dataset,
             "resolution": config.resolution,
@@ -347,6 +365,7 @@ def main() -> None:
             "torch": torch.__version__,
             "variants": _figures(measured),
             "checkpoint": vars(checkpoint),
+            "drawing_share": drawing,
         }
         if arguments.data:
             share = waiting_share(variants[0], device, arguments.data, arguments.loader, 20)

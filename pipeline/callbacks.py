@@ -15,8 +15,9 @@ from pipeline.background import Background
 from pipeline.checkpoints import BEST, checkpoint_path, copy_to_host, prune_checkpoints, save_checkpoint
 from pipeline.config import LogConfig
 from pipeline.evaluation import PseudoTruth, generated_mask_metrics, real_mask_prediction_metrics
+from pipeline.evaluation.ranks import in_order
 from pipeline.randomness import Stream, draw
-from pipeline.sample_grid import sample_grid
+from pipeline.sample_grid import Pictures, draw_grid, sample_column
 from pipeline.saving import SaveError
 from pipeline.schedules import linear_ramp
 from pipeline.tracking import Tracker
@@ -97,7 +98,7 @@ class Progress:
 
 
 class SampleGrids:
-    """Grids of the EMA's pictures from fixed latents, on the main process.
+    """Grids of the EMA's pictures from fixed latents; each rank makes some of the columns.
 
     Args:
         trainer: gives latent sizes and device.
@@ -127,9 +128,14 @@ class SampleGrids:
 
     def _make(self, trainer: Trainer) -> None:
         self._last = trainer.images_seen
+
+        def make(columns: range) -> Pictures:
+            at = slice(columns.start, columns.stop)
+            return sample_column(trainer.ema, self._draw.z[at], self._draw.noise[at], fade_in=trainer.fade_in)
+
+        made = list(in_order(trainer.config.log.grid_columns, 1, make, trainer.accelerator, label=None))
         if self._tracker is not None:
-            grid = sample_grid(trainer.ema, self._draw.z, self._draw.noise, fade_in=trainer.fade_in)
-            self._tracker.log_image(grid, "grid", images_seen=trainer.images_seen)
+            self._tracker.log_image(draw_grid(made), "grid", images_seen=trainer.images_seen)
 
 
 class Checkpoints:
@@ -139,8 +145,8 @@ class Checkpoints:
 
     Args:
         run_dir: checkpoints go to ``checkpoints/`` in it.
-        tracker: of the main process; None on other processes, which only wait.
-        pseudo_truth: None where shards carry no alpha.
+        tracker: of the main process; None on other processes, which measure and wait.
+        pseudo_truth: of each rank, for all of them measure; None where shards carry no alpha.
         best_miou: of the best checkpoint so far.
         seconds_before: training time before this process.
         saved_iteration: of the checkpoint that training goes on from.
@@ -258,7 +264,7 @@ class Checkpoints:
 
     def _measure(self, trainer: Trainer, num_samples: int) -> dict[str, float]:
         truth, config = self._pseudo_truth, trainer.config
-        if truth is None or self._tracker is None:
+        if truth is None:
             return {}
         generated = generated_mask_metrics(
             trainer.ema,
@@ -268,9 +274,7 @@ class Checkpoints:
             fade_in=trainer.fade_in,
             threshold=config.evaluation.threshold,
         )
-        real = real_mask_prediction_metrics(
-            trainer.discriminator, truth.images, truth.alphas, threshold=config.evaluation.threshold
-        )
+        real = real_mask_prediction_metrics(trainer.discriminator, truth.real, threshold=config.evaluation.threshold)
         return generated.named("mask") | real.named("mask_pred_real")
 
 

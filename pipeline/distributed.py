@@ -1,16 +1,31 @@
 """What the ranks tell each other that `accelerate` has no word for."""
 
+import itertools
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+T = TypeVar("T")
+
 
 def num_ranks() -> int:
     """Processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if num_ranks() > 1 else 0
+
+
+def share(work: Sequence[T]) -> Sequence[T]:
+    """What this rank takes of a list of pieces of work that is the same on all ranks."""
+    return work[rank() :: num_ranks()]
 
 
 class Agreement:
@@ -87,3 +102,40 @@ def global_batch_mean(x: Tensor) -> Tensor:
         dist.all_reduce(mean)
         mean /= num_ranks()
     return mean
+
+
+def global_sum(x: Tensor) -> Tensor:
+    """Sum over all ranks of each element, without gradients; integers add up exactly, in whatever order."""
+    total = x.detach().clone()
+    if num_ranks() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+_CALLS = itertools.count()
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 and give its result to all ranks; every rank must call.
+
+    The others wait for as long as it takes: a collective, which would time out, begins only when it has ended.
+
+    Args:
+        work: its result can be pickled and lives on no GPU.
+    """
+    call = next(_CALLS)
+    if num_ranks() == 1:
+        return work()
+    store, done = dist.distributed_c10d._get_default_store(), f"on-first-rank/{call}"
+    result: list[Any] = [None]
+    if rank() == 0:
+        try:
+            result = [work()]
+        finally:  # where it fails, the others are to meet a lost rank soon
+            store.set(done, "")
+    else:
+        while not store.check([done]):
+            time.sleep(0.1)
+    dist.broadcast_object_list(result, src=0)
+    outcome: T = result[0]
+    return outcome

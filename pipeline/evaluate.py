@@ -195,10 +195,9 @@ def _truths(
                 f"--pseudo-gt {spec} needs true alpha, and {shard_set.root} has none: give a network's file"
             )
         if spec == FITTED:
-            with accelerator.local_main_process_first():
-                prepared = prepare_pseudo_truth(
-                    shard_set, run.config, accelerator.device, progress=accelerator.is_main_process
-                )
+            prepared = prepare_pseudo_truth(
+                shard_set, run.config, accelerator.device, progress=accelerator.is_main_process
+            )
             truths[FITTED], fitted = prepared.segmenter, prepared.held_out
         elif spec != ALPHA:
             name, truth = load_segmentation(spec, accelerator.device)

@@ -127,23 +127,32 @@ class Learner:
         results = []
         for i, step in enumerate(steps, start=1):
             with contextlib.nullcontext() if i == len(steps) else engine.accumulating():
-                with self._modes(phase):
-                    result = phase.compute(step)
-                engine.backward(result.loss / len(steps))
-            results.append(result)
+                results.append(self._gradients(phase, step, len(steps)))
         norm = engine.gradient_norm()
         terms = _means([result.terms for result in results])
         # Weighted: a finite term may overflow with its weight.
         losses = {f"{phase.name}_{name}": results[0].weights[name] * value for name, value in terms.items()}
         self.guard.watch(phase.name, iteration, losses, norm)
         engine.step()
-        if generated := [result.generated for result in results if result.generated is not None]:
-            w_foreground = torch.cat([out.w_foreground for out in generated])
-            w_background = torch.cat([out.w_background for out in generated])
+        if codes := [result.codes for result in results if result.codes is not None]:
+            w_foreground, w_background = (torch.cat(parts) for parts in zip(*codes, strict=True))
             self.generator.mapping_foreground.update_average(global_batch_mean(w_foreground))
             self.generator.mapping_background.update_average(global_batch_mean(w_background))
         observed = _means([result.observed for result in results])
         return Measured(terms, {**observed, f"grad_norm/{phase.name}": norm})
+
+    def _gradients(self, phase: Phase, step: Step, num: int) -> "_MicroBatch":
+        """Add the gradients of a micro-batch, one of `num`; its pictures are gone when the next one begins."""
+        with self._modes(phase):
+            result = phase.compute(step)
+        self.engines[phase.trains].backward(result.loss / num)
+        out = result.generated
+        return _MicroBatch(
+            terms={name: value.detach() for name, value in result.terms.items()},
+            weights=result.weights,
+            observed=result.observed,
+            codes=None if out is None else (out.w_foreground.detach(), out.w_background.detach()),
+        )
 
     def _micro_steps(self, phase: Phase, iteration: int, images: Tensor, slots: NDArray[np.int64]) -> list[Step]:
         """What each micro-batch works on.
@@ -213,9 +222,19 @@ class Learner:
             average.copy_(current)
 
 
+@dataclass(frozen=True)
+class _MicroBatch:
+    """What is kept of a `PhaseResult`; detached."""
+
+    terms: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    observed: Mapping[str, Tensor]
+    codes: tuple[Tensor, Tensor] | None
+
+
 def _means(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Means by name, detached."""
-    return {name: torch.stack([row[name].detach() for row in rows]).mean() for name in rows[0]}
+    """Means by name."""
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
 
 def _adam(network: nn.Module, learning_rate: float, lazy_ratio: float) -> torch.optim.Adam:

@@ -55,21 +55,24 @@ class MaskMetrics:
 class MaskCounter:
     """Pools the confusion counts of batches of masks.
 
+    Attributes:
+        counts: so far, as `MaskMetrics.from_counts` takes them: int64 ``[4]`` on the CPU.
+
     Args:
         threshold: a value above it is foreground, in prediction and truth alike.
     """
 
     def __init__(self, threshold: float = 0.5) -> None:
         self.threshold = threshold
-        self._counts = torch.zeros(4, dtype=torch.int64)
+        self.counts = torch.zeros(4, dtype=torch.int64)
 
     def add(self, predicted: Tensor, true: Tensor) -> None:
         """Count a batch; both in [0, 1] and of one shape."""
-        self._counts += confusion_counts(predicted, true, self.threshold).sum(dim=0)
+        self.counts += confusion_counts(predicted, true, self.threshold).sum(dim=0)
 
     def metrics(self) -> MaskMetrics:
         """The figures of all that was counted."""
-        return MaskMetrics.from_counts(self._counts)
+        return MaskMetrics.from_counts(self.counts)
 
 
 def confusion_counts(predicted: Tensor, true: Tensor, threshold: float) -> Tensor:

@@ -13,30 +13,42 @@ from models.generator import FurryGenerator, GeneratorOutput
 CELL = 96
 """Least side of a picture in the grid, in pixels; smaller ones are enlarged by a whole factor."""
 
+PSIS = (1.0, 0.7)
+"""Truncations, one panel each."""
+
 MARGIN = 4
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 ROWS = ("foreground", "coarse mask", "fine mask adds", "final mask", "cut-out", "background", "composite")
 
+Pictures = NDArray[np.uint8]
+
 
 @torch.no_grad()
-def sample_grid(
-    generator: FurryGenerator, z: Tensor, noise: Tensor, *, fade_in: float, psis: Sequence[float] = (1.0, 0.7)
-) -> Image.Image:
-    """Draw one column a latent and, for each truncation psi, one row a kind of picture.
+def sample_column(
+    generator: FurryGenerator, z: Tensor, noise: Tensor, *, fade_in: float, psis: Sequence[float] = PSIS
+) -> Pictures:
+    """Make the pictures of one latent, ``[len(psis), len(ROWS), R, R, 3]``.
 
     Args:
         generator: usually the EMA.
-        z: ``[N, z_dim]``.
-        noise: ``[N, num_noise]``.
+        z: ``[1, z_dim]``.
+        noise: ``[1, num_noise]``.
         fade_in: gamma of Eq. 3 at this moment of the training.
-        psis: truncations, one panel each.
+        psis: truncations.
     """
-    panels = []
-    for psi in psis:
-        out = generator(z, noise=noise, fade_in=fade_in, psi=psi)
-        rows = [_to_uint8(pictures) for pictures in _pictures(out)]
-        panels.append(_draw_panel(rows, [f"{name}" for name in ROWS], title=f"psi = {psi:g}"))
-    return _stack(panels)
+    made = [generator(z, noise=noise, fade_in=fade_in, psi=psi) for psi in psis]
+    return np.stack([np.concatenate([_to_uint8(pictures) for pictures in _pictures(out)]) for out in made])
+
+
+def draw_grid(columns: Sequence[Pictures], *, psis: Sequence[float] = PSIS) -> Image.Image:
+    """Draw one column a latent and, for each truncation psi, one row a kind of picture.
+
+    Args:
+        columns: of `sample_column`.
+        psis: those of the columns, one panel each.
+    """
+    pictures = np.stack(columns, axis=2)  # [psis, rows, columns, R, R, 3]
+    return _stack([_draw_panel(rows, ROWS, title=f"psi = {psi:g}") for rows, psi in zip(pictures, psis, strict=True)])
 
 
 def checkerboard(resolution: int, squares: int = 8) -> Tensor:
@@ -60,13 +72,13 @@ def _pictures(out: GeneratorOutput) -> list[Tensor]:
     ]
 
 
-def _to_uint8(pictures: Tensor) -> NDArray[np.uint8]:
+def _to_uint8(pictures: Tensor) -> Pictures:
     x = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    array: NDArray[np.uint8] = x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    array: Pictures = x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
     return array
 
 
-def _draw_panel(rows: Sequence[NDArray[np.uint8]], labels: Sequence[str], *, title: str) -> Image.Image:
+def _draw_panel(rows: Sequence[Pictures] | Pictures, labels: Sequence[str], *, title: str) -> Image.Image:
     count, size = rows[0].shape[:2]
     factor = -(-CELL // size)
     cell = size * factor

@@ -114,9 +114,9 @@ def _train_on(
     pseudo_truth = None
     if main_process:
         write_config(config, run_dir)
-        if shard_set.has_alpha:
-            pseudo_truth = prepare_pseudo_truth(shard_set, config, accelerator.device, progress=True)
-            logger.info("pseudo ground truth: %s", _figures(pseudo_truth.held_out.named("segmenter")))
+    if shard_set.has_alpha:
+        pseudo_truth = prepare_pseudo_truth(shard_set, config, accelerator.device, progress=main_process)
+        logger.info("pseudo ground truth: %s", _figures(pseudo_truth.held_out.named("segmenter")))
     with _tracking(config, trainer, active=main_process) as tracker:
         checkpoints = Checkpoints(
             run_dir,

@@ -1,6 +1,7 @@
 """The training loop: a learner, its data and its gradient synchronisation; what is seen of it is left to callbacks."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -190,5 +191,8 @@ def make_accelerator(collective_timeout_s: float) -> Accelerator:
     """
     # Every buffer is a function of what all ranks share: broadcasting them would only cost.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    # torch has another name for it, which accelerate 1.15 cannot pass on.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)  # in dimensions of size 1 alone
     group = InitProcessGroupKwargs(init_method=FRESH, timeout=timedelta(seconds=collective_timeout_s))
     return Accelerator(kwargs_handlers=[ddp, group])

@@ -1,5 +1,6 @@
 """A step in micro-batches is the same step."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from test_ranks import TWO_RANKS, assert_trained_alike, assert_weights_alike
 
 from pipeline.config import Config, preset
 from pipeline.learner import Learner, Measured
+from pipeline.phases import PhaseResult, Step
 
 B, STEPS = 16, 4  # R1 at iterations 0 and 3
 CPU = torch.device("cpu")
@@ -74,6 +76,22 @@ def test_micro_batches_keep_less() -> None:
         return most
 
     assert most_kept(replace(config(), accumulate=4)) < 0.4 * most_kept(config())
+
+
+def test_pictures_of_a_micro_batch_are_gone_when_the_next_one_begins() -> None:
+    learner, made = Learner(replace(config(), accumulate=4), CPU), list[weakref.ref[torch.Tensor]]()
+    g_main = learner.phases[2]
+
+    def compute(step: Step) -> PhaseResult:
+        assert [picture for picture in made if picture() is not None] == []
+        result = g_main.compute(step)
+        assert result.generated is not None
+        made.append(weakref.ref(result.generated.foreground))
+        return result
+
+    images = torch.zeros(B, 3, config().resolution, config().resolution)
+    learner.run(replace(g_main, compute=compute), 0, images, range(B))
+    assert len(made) == 4
 
 
 def test_two_ranks_with_micro_batches_match_one_without(

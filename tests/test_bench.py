@@ -87,6 +87,7 @@ def test_benchmark_runs_with_torch_alone_and_writes_its_figures(tmp_path: Path) 
     assert ours["speedup"] == pytest.approx(plain["iteration"]["seconds"] / ours["iteration"]["seconds"])
     assert ours["img_per_s"] == pytest.approx(4 / ours["iteration"]["seconds"])
     assert 0 < ours["peak_bytes"] < 2**31 and 0 < ours["share_of_matmul"] < 1
+    assert 0 < figures["drawing_share"] < 1
     assert figures["checkpoint"]["stall_seconds"] > 0 and 10**5 < figures["checkpoint"]["bytes"] < 10**8
 
 

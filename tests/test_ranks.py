@@ -1,6 +1,7 @@
 """Two ranks train as one does: real processes, gloo, the same global batch."""
 
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,45 @@ def test_batch_that_does_not_divide_among_ranks_is_one_line(cache: Path, tmp_pat
         "error: batch 12 does not divide among 2 processes in groups of 4: give a multiple of 8"
     }
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_wait_for_the_first_ones_work_however_long_it_takes(tmp_path: Path) -> None:
+    """As for the fit of the segmenter: longer than a collective may take. But where it fails, they do not wait."""
+    script = tmp_path / "work.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import time
+            from datetime import timedelta
+            from torch import distributed as dist
+            from pipeline.distributed import on_first_rank
+
+            def work():
+                time.sleep(6)
+                return {"done by": dist.get_rank()}
+
+            def fail():
+                raise RuntimeError("broken")
+
+            dist.init_process_group("gloo")
+            impatient, limit = dist.new_group(), timedelta(seconds=3)
+            dist.barrier()
+            for group in (dist.group.WORLD, impatient):
+                dist.distributed_c10d._set_pg_timeout(limit, group)
+            found = [on_first_rank(work), on_first_rank(lambda: "again")]
+            try:  # rank 0 comes when rank 1 has given up
+                dist.broadcast_object_list([work()] if dist.get_rank() == 0 else [None], group=impatient)
+            except RuntimeError:
+                found.append("timed out")
+            dist.barrier(group=dist.new_group())
+            try:
+                on_first_rank(fail)
+            except RuntimeError as error:
+                found.append("broken" if "broken" in str(error) else "lost")
+            print(dist.get_rank(), *found, flush=True)
+            """
+        )
+    )
+    outcome = train_in_new_process(tmp_path, launcher=TWO_RANKS, script=script)
+    expected = [f"{rank} {{'done by': 0}} again timed out {end}" for rank, end in enumerate(("broken", "lost"))]
+    assert sorted(outcome.out.splitlines()) == expected, outcome.err

@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.generator import FurryGenerator, GeneratorOutput
 from pipeline import sample_grid as module
-from pipeline.sample_grid import CELL, MARGIN, PAPER, ROWS, checkerboard, sample_grid
+from pipeline.sample_grid import CELL, MARGIN, PAPER, PSIS, ROWS, checkerboard, draw_grid, sample_column
 
 COLUMNS = 3
 PITCH = CELL + MARGIN
@@ -21,10 +21,17 @@ def grid(generator: FurryGenerator) -> Image.Image:
     return make(generator)
 
 
-def make(generator: FurryGenerator, psis: tuple[float, ...] = (1.0, 0.7), columns: int = COLUMNS) -> Image.Image:
+def make(generator: FurryGenerator, psis: tuple[float, ...] = PSIS, columns: int = COLUMNS) -> Image.Image:
     torch.manual_seed(0)
     z, noise = torch.randn(columns, generator.z_dim), torch.randn(columns, generator.num_noise)
     return sample_grid(generator, z, noise, fade_in=1.0, psis=psis)
+
+
+def sample_grid(
+    generator: FurryGenerator, z: torch.Tensor, noise: torch.Tensor, *, fade_in: float, psis: tuple[float, ...] = PSIS
+) -> Image.Image:
+    latents = zip(z.split(1), noise.split(1), strict=True)
+    return draw_grid([sample_column(generator, *latent, fade_in=fade_in, psis=psis) for latent in latents], psis=psis)
 
 
 def cells(grid: Image.Image, panel: int, num_panels: int = 2) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:

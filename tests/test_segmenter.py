@@ -132,8 +132,9 @@ def test_cached_segmenter_is_the_fitted_one(tmp_path: Path, monkeypatch: pytest.
     cached = prepare_pseudo_truth(shard_set, config, CPU, progress=False)
     assert cached.held_out == fitted.held_out
     assert_same_bits(dict(cached.segmenter.state_dict()), dict(fitted.segmenter.state_dict()))
-    assert torch.equal(cached.images, fitted.images) and torch.equal(cached.alphas, fitted.alphas)
-    assert torch.equal(cached.segmenter(cached.images), fitted.segmenter(fitted.images))
+    assert_same_bits(cached.real, fitted.real)
+    images = cached.real[0][0] / 127.5 - 1
+    assert torch.equal(cached.segmenter(images), fitted.segmenter(images))
     assert not cached.segmenter.training
     shard_set.close()
 
@@ -160,14 +161,15 @@ def test_other_data_or_another_fit_has_a_cache_of_its_own(tmp_path: Path) -> Non
 
 
 def test_real_images_are_those_of_the_shards_with_their_alphas(tmp_path: Path) -> None:
-    shard_set = write_discs(tmp_path / "data", 16, 32)
+    shard_set = write_discs(tmp_path / "data", 24, 32)
     truth = prepare_pseudo_truth(shard_set, config_of(tmp_path / "cache"), CPU, progress=False)
-    images, alphas = to_tensors(*discs(16, 32))
-    assert truth.images.shape == (16, 3, 32, 32) and truth.alphas.shape == (16, 1, 32, 32)
-    order = [int((truth.images - image / 127.5 + 1).abs().amax(dim=(1, 2, 3)).argmin()) for image in images]
-    assert sorted(order) == list(range(16))
-    torch.testing.assert_close(truth.images[order], images / 127.5 - 1, rtol=0, atol=1e-5)
-    torch.testing.assert_close(truth.alphas[order], alphas / 255, rtol=0, atol=1e-5)
+    images, alphas = to_tensors(*discs(24, 32))
+    real_images, real_alphas = (torch.cat(parts) for parts in zip(*truth.real, strict=True))
+    assert real_images.shape == (24, 3, 32, 32) and real_alphas.shape == (24, 1, 32, 32)
+    order = [int((real_images.int() - image).abs().amax(dim=(1, 2, 3)).argmin()) for image in images]
+    assert sorted(order) == list(range(24))
+    assert torch.equal(real_images[order], images)
+    torch.testing.assert_close(real_alphas[order], alphas / 255, rtol=0, atol=1e-5)
     shard_set.close()
 
 
@@ -176,7 +178,8 @@ def test_pictures_larger_than_the_segmenters_can_be_measured(tmp_path: Path) -> 
     shard_set, config = write_discs(tmp_path / "data", 8, 256), config_of(tmp_path / "cache", 256)
     truth = prepare_pseudo_truth(shard_set, config, CPU, progress=False)
     discriminator = Discriminator(256, Widths(1024, 16))
-    metrics = real_mask_prediction_metrics(discriminator, truth.images, truth.alphas, threshold=0.5)
+    metrics = real_mask_prediction_metrics(discriminator, truth.real, threshold=0.5)
     assert 0 <= metrics.accuracy <= 1
-    assert truth.segmenter(truth.images).shape == truth.alphas.shape
+    ((images, alphas),) = truth.real
+    assert truth.segmenter(images / 127.5 - 1).shape == alphas.shape
     shard_set.close()

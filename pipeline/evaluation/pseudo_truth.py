@@ -146,7 +146,7 @@ class HuggingFace:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         try:
-            from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation  # type: ignore
+            from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
         except ImportError:
             raise UserError(
                 f"--pseudo-gt {HUGGING_FACE}={folder} needs transformers: pip install transformers"
@@ -211,7 +211,7 @@ def resize(x: Tensor, size: int) -> Tensor:
 
 
 def _load_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def in_order(
-    num_samples: int, batch: int, compute: Callable[[range], T], accelerator: Accelerator, *, label: str
+    num_samples: int, batch: int, compute: Callable[[range], T], accelerator: Accelerator, *, label: str | None
 ) -> Iterator[T]:
     """Results of consecutive batches of ``range(num_samples)``.
 
@@ -24,7 +24,7 @@ def in_order(
         batch: samples at a time on a rank.
         compute: what to do with a batch; its result must not live on a GPU.
         accelerator: of the ranks; all must iterate to the end.
-        label: of the progress bar.
+        label: of the progress bar; None: there is none.
 
     Yields:
         On the main process, all results in order. Elsewhere nothing.
@@ -35,7 +35,7 @@ def in_order(
         total=num_samples,
         desc=label,
         unit="img",
-        disable=not main,
+        disable=not main or label is None,
         leave=False,
         dynamic_ncols=True,
         mininterval=0.2 if os.isatty(2) else 15.0,
