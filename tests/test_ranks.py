@@ -94,6 +94,7 @@ def test_one_rank_alone_writes_and_tells(two: tuple[Path, Outcome], one: Path) -
     run_dir, outcome = two
     assert [row["iteration"] for row in training_rows(run_dir)] == [1, 2, 3, 4]
     assert outcome.out.count("trained 4 iterations, 64 images") == 1
+    assert "Warning" not in outcome.err
     assert {path.name for path in run_dir.iterdir()} == {path.name for path in one.iterdir()}
 
 
