@@ -33,7 +33,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def accumulating(self) -> AbstractContextManager[Any]:
         """For forward and backward passes that another one follows before the step."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.optim import Optimizer
 
 from data_shards.errors import UserError
@@ -123,7 +124,8 @@ class PartitionedEngine(ReplicatedEngine):
         part = [x for group in self._engine.optimizer.averaged_gradients.values() for x in group]
         norms = torch.empty(num_ranks(), device=part[0].device)
         dist.all_gather_into_tensor(norms, torch.nn.utils.get_total_norm(part)[None])
-        return torch.linalg.vector_norm(norms)
+        norm: Tensor = torch.linalg.vector_norm(norms)
+        return norm
 
     def step(self) -> None:
         super().step()
@@ -189,7 +191,7 @@ def _initialize(network: nn.Module, optimizer: Optimizer, config: Config, device
     deepspeed.ops.__compatible_ops__ = {}  # else it compiles some at its first start
     if not dist.is_initialized():  # one rank, without a launcher
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")
     for parameter in network.parameters():
         # Its mark for what need not be sent to the other ranks: all have drawn the same, and it cannot send scalars.
