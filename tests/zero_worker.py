@@ -1,11 +1,12 @@
 """What `test_deepspeed.py` lets each of two ranks do, all in one pair of processes.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/zero_worker.py OUT
+python -m torch.distributed.run --nproc-per-node 2 tests/zero_worker.py OUT RUN
 """
 
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from data_shards.order import rank_slots
 from pipeline import losses
 from pipeline.checkpoints import copy_to_host
 from pipeline.config import Config, preset
+from pipeline.config_io import config_from_dict, load_config
 from pipeline.ddp import DdpEngine
 from pipeline.engine import Engine
 from pipeline.finite_guard import NonFiniteLossError
+from pipeline.interrupt import Interrupt
 from pipeline.learner import Learner
+from pipeline.train import train as run_training
 from pipeline.trainer import make_accelerator
 from pipeline.zero import PartitionedEngine, ReplicatedEngine, zero_engine
 
@@ -125,8 +129,16 @@ def measure(learner: Learner, config: Config) -> dict[str, int]:
     return {"weights": storage_bytes(settled + moving), "optimizer": storage_bytes(moments)} | most
 
 
+def go_on(run_dir: Path, accelerator: Accelerator) -> None:
+    """With a run, for two steps of stage 2."""
+    config = config_from_dict(load_config(run_dir / "config.yaml"))
+    further = replace(config, steps=config.steps + 2, backend="deepspeed", zero_stage=2)
+    with Interrupt() as interrupt:
+        run_training(further, accelerator, interrupt)
+
+
 def main() -> None:
-    out, accelerator = Path(sys.argv[1]), make_accelerator(60.0)
+    out, run_dir, accelerator = Path(sys.argv[1]), Path(sys.argv[2]), make_accelerator(60.0)
     rank = dist.get_rank()
     torch.set_num_threads(1)
 
@@ -167,6 +179,8 @@ def main() -> None:
     for backend in BACKENDS:
         config = config_of(backend)
         say(f"held-{backend}", measure(make_learner(config, accelerator), config))
+
+    go_on(run_dir, accelerator)
 
     binarization = losses.binarization
     if rank == 1:
