@@ -135,12 +135,12 @@ class PartitionedEngine(ReplicatedEngine):
         state = self._optimizer.state_dict()
         (group,) = state["param_groups"]
         shapes = [p.shape for p in self._network.parameters()]
-        whole: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(shapes))} if state["state"] else {}
-        for key, x in state["state"].get(0, {}).items():
-            # A step of each parameter's own: Adam counts them up one by one.
-            values = [x.clone() for _ in shapes] if key == "step" else self._gather(x, shapes)
-            for i, value in enumerate(values):
-                whole[i][key] = value
+        # A step of each parameter's own: Adam counts them up one by one.
+        columns = {
+            key: [x.clone() for _ in shapes] if key == "step" else self._gather(x, shapes)
+            for key, x in state["state"].get(0, {}).items()
+        }
+        whole = {i: dict(zip(columns, row, strict=True)) for i, row in enumerate(zip(*columns.values(), strict=False))}
         return {"state": whole, "param_groups": [group | {"params": list(range(len(shapes)))}]}
 
     def _gather(self, part: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
@@ -156,12 +156,14 @@ class PartitionedEngine(ReplicatedEngine):
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         self._engine.optimizer.refresh_fp32_params()  # Adam moves a copy of this rank's part of the weights
         (group,) = state["param_groups"]
-        rows = [state["state"][i] for i in group["params"]] if state["state"] else []
-        part = {key: self._part([row[key] for row in rows]) for key in rows[0] if key != "step"} if rows else {}
-        if rows:
+        part: dict[int, dict[str, Tensor]] = {}
+        if state["state"]:
+            rows = [state["state"][i] for i in group["params"]]
             assert len({float(row["step"]) for row in rows}) == 1
-            part["step"] = rows[0]["step"]
-        self._optimizer.load_state_dict({"state": {0: part} if part else {}, "param_groups": [group | {"params": [0]}]})
+            part[0] = {
+                key: x if key == "step" else self._part([row[key] for row in rows]) for key, x in rows[0].items()
+            }
+        self._optimizer.load_state_dict({"state": part, "param_groups": [group | {"params": [0]}]})
 
     def _part(self, tensors: list[Tensor]) -> Tensor:
         """This rank's part of what belongs to the parameters."""
