@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from data_shards.order import GROUP_SIZE
-from models.discriminator import Discriminator
-from models.generator import FurryGenerator
-from models.widths import Widths
 from pipeline.config import Config, Precision
 from pipeline.distributed import global_batch_mean, global_mean
 from pipeline.finite_guard import FiniteGuard
+from pipeline.networks import make_discriminator, make_generator
 from pipeline.phases import Networks, Phase, Step, training_phases
 from pipeline.randomness import draw
 from pipeline.schedules import ema_decay
@@ -66,16 +64,8 @@ class Learner:
         self.phases = training_phases(config.loss)
         torch.backends.cudnn.benchmark = True  # a handful of shapes, over and over
         torch.manual_seed(config.seed)
-        model = config.model
-        widths = Widths(model.channel_base, model.channel_max)
-        self.generator = FurryGenerator(
-            config.resolution,
-            widths,
-            z_dim=model.z_dim,
-            z_dim_background=model.z_dim_background,
-            recompute=config.recompute,
-        ).to(device)
-        self.discriminator = Discriminator(config.resolution, widths, recompute=config.recompute).to(device)
+        self.generator = make_generator(config).to(device)
+        self.discriminator = make_discriminator(config).to(device)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         self.networks = Networks(self.generator, self.discriminator, self.generator, self.discriminator)
         d_lazy_ratio = config.loss.r1_interval / (config.loss.r1_interval + 1)

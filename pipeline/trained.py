@@ -8,11 +8,11 @@ import torch
 from data_shards.errors import UserError
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
-from models.widths import Widths
 from pipeline.checkpoints import BEST, list_checkpoints, load_checkpoint
 from pipeline.cli import CONFIG_FILE
 from pipeline.config import Config
 from pipeline.config_io import config_from_dict, load_config
+from pipeline.networks import make_discriminator, make_generator
 from pipeline.schedules import linear_ramp
 
 
@@ -62,10 +62,7 @@ def open_run(run_dir: Path, checkpoint: str, device: torch.device) -> TrainedRun
     config = config_from_dict(load_config(run_dir / CONFIG_FILE))
     path = _find_checkpoint(run_dir, checkpoint)
     state = load_checkpoint(path)
-    model = config.model
-    widths = Widths(model.channel_base, model.channel_max)
-    generator = FurryGenerator(config.resolution, widths, z_dim=model.z_dim, z_dim_background=model.z_dim_background)
-    discriminator = Discriminator(config.resolution, widths)
+    generator, discriminator = make_generator(config), make_discriminator(config)
     try:
         generator.load_state_dict(state["ema"])
         discriminator.load_state_dict(state["discriminator"])
