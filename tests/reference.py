@@ -38,7 +38,7 @@ class ReferenceImages:
 
 @dataclass(frozen=True)
 class ReferenceJudgement:
-    """Logits ``[k, 1]`` of the judged images and mask predictions ``[n, 1, 16, 16]`` of all, if there is a predictor."""
+    """Logits ``[k, 1]`` of the judged images, mask predictions ``[n, 1, 16, 16]`` of all; None without a predictor."""
 
     logits: Tensor
     mask_pred: Tensor | None

@@ -1,29 +1,33 @@
 """Each ablation takes away what it names and nothing else; what is left is trained, on one rank and on two."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_gradients_agree, gradients, lived_in
-from helpers import TINY, run_in_process, shard_cache, tiny, tiny_trainer, train_in_process
-from evaluating import SMALL, evaluate_in_process, results
+from evaluating import FEATURES, SMALL, evaluate_in_process, results
+from helpers import TINY, furballs, shard_cache, train_in_new_process, train_in_process
+from numpy.typing import NDArray
 from reference import reference_d_main, reference_d_r1, reference_g_main
 from test_phases import assert_terms_agree
+from test_ranks import GLOBAL_BATCH, TWO_RANKS, assert_weights_alike
 
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from pipeline.ablation.variants import FULL, VARIANTS, Variant
+from pipeline.checkpoints import checkpoint_path, load_checkpoint
 from pipeline.config import Config
-from pipeline.config_io import config_from_dict, merge
+from pipeline.config_io import config_from_dict, merge, save_config
 from pipeline.networks import make_discriminator, make_generator
 from pipeline.phases import Networks, PhaseResult, Step, d_main, d_r1, g_main
 from pipeline.randomness import Stream, draw
-from pipeline.sample_grid import sample_grid
+from pipeline.sample_grid import CELL, MARGIN, ROWS, sample_grid
 
-B = 8
+B, PITCH = 8, CELL + MARGIN
 HALFWAY = 2500  # gamma is 1/2; consistency and participation are due
 SIZES = {"model": {"channel_base": 512, "channel_max": 24, "z_dim": 16, "z_dim_background": 8}}
 # Thresholds that fire.
@@ -168,7 +172,9 @@ def test_without_consistency_no_foreground_goes_through_the_discriminator_for_it
     """A weight of 0 is no term of value 0: the discriminator is spared half as many pictures again."""
     passes: list[int] = []
     step = make_step(config_of(named(name)))
-    step.networks.discriminator.from_rgb.register_forward_hook(lambda _module, inputs, _out: passes.append(len(inputs[0])))
+    step.networks.discriminator.from_rgb.register_forward_hook(
+        lambda _module, inputs, _out: passes.append(len(inputs[0]))
+    )
     d_main(step)
     g_main(step)
     assert passes == [2 * B + (B // 2 if name == "no-consistency" else 0), B]
@@ -182,3 +188,76 @@ def test_weight_0_is_the_same_training_as_a_loss_without_the_term() -> None:
         rest = [result.weights[term] * value for term, value in result.terms.items() if term != name]
         assert without.loss.item() == pytest.approx(torch.stack(rest).sum().item(), rel=1e-5)
         assert name not in without.terms
+
+
+# Whole runs
+
+RUN_ALL = """
+import sys
+from pathlib import Path
+from pipeline.config_io import config_from_dict, load_config
+from pipeline.interrupt import Interrupt
+from pipeline.train import train
+from pipeline.trainer import make_accelerator
+
+accelerator = make_accelerator(60.0)
+with Interrupt() as interrupt:
+    for path in sorted(Path().glob("*.yaml")):
+        train(config_from_dict(load_config(path) | {"run_dir": Path("two") / path.stem}), accelerator, interrupt)
+accelerator.end_training()
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a run of each ablation on one rank."""
+    cwd = tmp_path_factory.mktemp("ablations")
+    cache = shard_cache(tmp_path_factory)
+    sizes = {"cache_dir": str(cache), "data": str(furballs(cache)), "steps": 2, "batch": GLOBAL_BATCH}
+    for variant in ABLATIONS:
+        config = config_from_dict(merge(merge(TINY, sizes), dict(variant.overrides)))
+        save_config(config, cwd / f"{variant.name}.yaml")
+        outcome = train_in_process(cwd, "--config", f"{variant.name}.yaml", "--run-dir", f"one/{variant.name}")
+        assert outcome.code == 0, outcome.err
+    return cwd
+
+
+def test_each_ablation_trains_on_two_ranks_as_on_one(runs: Path) -> None:
+    (runs / "all.py").write_text(RUN_ALL)
+    outcome = train_in_new_process(runs, launcher=TWO_RANKS, script=runs / "all.py")
+    assert outcome.code == 0, outcome.err
+    for variant in ABLATIONS:
+        paths = [checkpoint_path(runs / ranks / variant.name / "checkpoints", 2) for ranks in ("two", "one")]
+        assert_weights_alike(*map(load_checkpoint, paths))
+
+
+def test_a_run_tells_of_the_mask_predictor_where_there_is_one(runs: Path) -> None:
+    for variant in ABLATIONS:
+        summary = json.loads((runs / "one" / variant.name / "summary.json").read_text())
+        assert ("mask_pred_real/iou_fg" in summary) == (variant.name != "no-mask-predictor")
+        assert "mask/miou" in summary
+        assert list((runs / "one" / variant.name / "samples").iterdir())
+
+
+@pytest.mark.parametrize("name", ["no-fine-mask", "no-mask-predictor"])
+def test_runs_without_a_network_are_evaluated(name: str, runs: Path) -> None:
+    arguments = [*SMALL[2:], *FEATURES, "--run", f"one/{name}", "--psi", "1.0", "--out", name]
+    outcome = evaluate_in_process(runs, *arguments)
+    assert outcome.code == 0, outcome.err
+    tree = results(runs / name)
+    assert tree["generated"][0]["masks"]["fitted"]["miou"] is not None
+    assert tree["real"]["mask_pred"].keys() == ({"alpha"} if name == "no-fine-mask" else set())
+    assert ("The mask predictor" in outcome.out) == (name == "no-fine-mask")
+
+
+def test_fine_panel_of_a_grid_is_empty_without_a_fine_mask_network() -> None:
+    def grid(variant: Variant) -> NDArray[np.uint8]:
+        generator = lived_in(make_generator(config_of(variant)))
+        z, noise = torch.randn(2, generator.z_dim), torch.randn(2, generator.num_noise)
+        return np.asarray(sample_grid(generator, z, noise, fade_in=1.0, psis=(1.0,)))
+
+    for variant, empty in ((named("no-fine-mask"), True), (FULL, False)):
+        pixels = grid(variant)
+        bottom = len(pixels) - (len(ROWS) - ROWS.index("fine mask adds") - 1) * PITCH
+        panel = pixels[bottom - PITCH : bottom - MARGIN, -PITCH:-MARGIN]
+        assert panel.any() != empty, variant.name
