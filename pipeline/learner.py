@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from data_shards.order import GROUP_SIZE
+from pipeline.architecture import make_discriminator, make_generator
 from pipeline.config import Config, Precision
 from pipeline.distributed import global_batch_mean, global_mean
 from pipeline.finite_guard import FiniteGuard
-from pipeline.networks import make_discriminator, make_generator
 from pipeline.phases import Networks, Phase, Step, training_phases
 from pipeline.randomness import draw
 from pipeline.schedules import ema_decay

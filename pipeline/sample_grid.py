@@ -34,9 +34,8 @@ def sample_grid(
     panels = []
     for psi in psis:
         out = generator(z, noise=noise, fade_in=fade_in, psi=psi)
-        rows = [_to_uint8(pictures) for pictures in _pictures(out)]
-        panels.append(_draw_panel(rows, [f"{name}" for name in ROWS], title=f"psi = {psi:g}"))
-    return _stack(panels)
+        panels.append(draw_panel(_pictures(out), ROWS, title=f"psi = {psi:g}"))
+    return stack_panels(panels)
 
 
 def checkerboard(resolution: int, squares: int = 8) -> Tensor:
@@ -66,8 +65,15 @@ def _to_uint8(pictures: Tensor) -> NDArray[np.uint8]:
     return array
 
 
-def _draw_panel(rows: Sequence[NDArray[np.uint8]], labels: Sequence[str], *, title: str) -> Image.Image:
-    count, size = rows[0].shape[:2]
+def draw_panel(rows: Sequence[Tensor], labels: Sequence[str], *, title: str) -> Image.Image:
+    """Draw rows of pictures under a title.
+
+    Args:
+        rows: each ``[N, 1 or 3, R, R]`` in [-1, 1].
+        labels: of the rows, at their left.
+        title: above them.
+    """
+    count, size = len(rows[0]), rows[0].shape[-1]
     factor = -(-CELL // size)
     cell = size * factor
     font = ImageFont.load_default(size=max(13, cell // 8))
@@ -80,12 +86,13 @@ def _draw_panel(rows: Sequence[NDArray[np.uint8]], labels: Sequence[str], *, tit
     for r, (pictures, label) in enumerate(zip(rows, labels, strict=True)):
         y = int(top) + r * pitch
         pen.text((MARGIN, y + cell // 2), label, fill=INK, font=font, anchor="lm")
-        for c, picture in enumerate(pictures):
+        for c, picture in enumerate(_to_uint8(pictures)):
             panel.paste(Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST), (left + c * pitch, y))
     return panel
 
 
-def _stack(panels: Sequence[Image.Image]) -> Image.Image:
+def stack_panels(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels one below the other."""
     width = max(panel.width for panel in panels)
     grid = Image.new("RGB", (width, sum(panel.height for panel in panels)), PAPER)
     y = 0

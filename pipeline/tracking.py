@@ -87,18 +87,11 @@ class MlflowTracker:
     """
 
     def __init__(self, config: Config, run_dir: Path, *, run_id: str | None) -> None:
-        # MLflow takes seconds to import, and is needed on one rank alone.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow import MlflowClient
+        self._client = _open_store(config)
         from mlflow.entities import Metric, Param
         from mlflow.exceptions import MlflowException
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it reports each table that it makes
         self._metric = Metric
-        uri = absolute_uri(config.log.tracking_uri)
-        if uri.startswith(SQLITE):
-            Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(tracking_uri=uri)
         if run_id is not None:
             try:
                 self._client.update_run(run_id, status="RUNNING")
@@ -161,9 +154,26 @@ def make_tracker(config: Config, run_dir: Path, *, iteration: int, run_id: str |
     return Trackers(*trackers)
 
 
+def prepare_store(config: Config) -> None:
+    """Make the MLflow store and the experiment: runs that all began by making them would get in each other's way."""
+    _experiment_id(_open_store(config), config)
+
+
 def absolute_uri(uri: str) -> str:
     """The address of an MLflow store from anywhere: MLflow keeps a database open by its name, which may be relative."""
     return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
+
+
+def _open_store(config: Config) -> Any:
+    # MLflow takes seconds to import, and is needed on one rank alone.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it reports each table that it makes
+    uri = absolute_uri(config.log.tracking_uri)
+    if uri.startswith(SQLITE):
+        Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri)
 
 
 def _experiment_id(client: Any, config: Config) -> str:

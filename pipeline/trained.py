@@ -8,11 +8,11 @@ import torch
 from data_shards.errors import UserError
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
+from pipeline.architecture import make_discriminator, make_generator
 from pipeline.checkpoints import BEST, list_checkpoints, load_checkpoint
 from pipeline.cli import CONFIG_FILE
 from pipeline.config import Config
 from pipeline.config_io import config_from_dict, load_config
-from pipeline.networks import make_discriminator, make_generator
 from pipeline.schedules import linear_ramp
 
 

@@ -1,8 +1,10 @@
 """The method, and the method without one of its parts: overrides of the one configuration tree."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from data_shards.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,5 +32,18 @@ VARIANTS = (
     Variant("no-mask-predictor", "w/o Mask Predictor", {"model": {"mask_predictor": False}}),
     FULL,
 )
-"""In the order of Table 1. The paper shows the fourth in figure 7, without figures; the fifth is ours: it takes L_pred
-and L_cons away together with the network that they train."""
+"""In the order of Table 1. The paper shows the fourth in figure 7 and gives no numbers; the fifth is ours: L_pred and
+L_cons go with the network that they need."""
+
+
+def find_variants(names: Sequence[str]) -> tuple[Variant, ...]:
+    """Variants by name, in the order of `VARIANTS`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    known = [variant.name for variant in VARIANTS]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--variants {name} is unknown: choose from {', '.join(known)}")
+    return tuple(variant for variant in VARIANTS if variant.name in names)
