@@ -7,7 +7,7 @@ from typing import Any
 from data_shards.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """A row of the comparison.
 
