@@ -70,7 +70,7 @@ class Arguments:
     pseudo_gt: str | None = None
     """Pseudo ground truth, as for pipeline/evaluate.py; by default fitted, where the shards carry alpha."""
     features: str = INCEPTION
-    """Feature extractor of the Fréchet distance, as for pipeline/evaluate.py."""
+    """Feature extractor of the Fréchet distance, as for pipeline/evaluate.py; random-vgg16 needs no download."""
     inception_weights: Path | None = None
     """File of torch-fidelity's Inception weights; downloaded by default. Without them all else is measured."""
 

@@ -1,0 +1,51 @@
+"""Features that need no download, for where Inception's weights are not to be had: `--features random-vgg16`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # type: ignore[import-untyped]
+
+RANDOM_VGG16 = "random-vgg16"
+SEED = 0
+
+
+class RandomVgg16(FeatureExtractorBase):  # type: ignore[misc]
+    """Means over the last feature maps of VGG16 with random weights, ``[b, 3, H, W] uint8 -> [b, 512]``.
+
+    Naeem et al. (2020) use a random VGG16 for pictures unlike ImageNet's. It sees pictures as they are, not resized; 32
+    px are the least.
+    """
+
+    def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
+        from torchvision.models.vgg import cfgs, make_layers  # type: ignore[import-untyped]
+
+        super().__init__(name, features_list)
+        self.convolutions = make_layers(cfgs["D"], batch_norm=False)
+        generator = torch.Generator().manual_seed(SEED)
+        for layer in self.convolutions:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """One layer."""
+        return ("512",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """The same for all."""
+        del metric
+        return "512"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """As torch-fidelity asks."""
+        return True
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Features of the one layer."""
+        x: Tensor = self.convolutions(images.float() / 127.5 - 1.0)
+        return (x.mean(dim=(2, 3)),)
