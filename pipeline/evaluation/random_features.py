@@ -8,20 +8,23 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # type: 
 
 RANDOM_VGG16 = "random-vgg16"
 SEED = 0
+LAYER, NUM_LAYERS = "relu3_3", 16
+SCALE = 100.0
+"""On the features: brings distances of small sets to the order of 1."""
 
 
 class RandomVgg16(FeatureExtractorBase):  # type: ignore[misc]
-    """Means over the last feature maps of VGG16 with random weights, ``[b, 3, H, W] uint8 -> [b, 512]``.
+    """Spatial means of VGG16's third block with random weights, ``[b, 3, H, W] uint8 -> [b, 256]``.
 
-    Naeem et al. (2020) use a random VGG16 for pictures unlike ImageNet's. It sees pictures as they are, not resized; 32
-    px are the least.
+    Naeem et al. (2020) use a random VGG16 for pictures unlike ImageNet's. It sees them as they are, not resized, and
+    stops at a quarter of their size, where pictures of 32 px still have structure.
     """
 
     def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
         from torchvision.models.vgg import cfgs, make_layers  # type: ignore[import-untyped]
 
         super().__init__(name, features_list)
-        self.convolutions = make_layers(cfgs["D"], batch_norm=False)
+        self.convolutions = make_layers(cfgs["D"], batch_norm=False)[:NUM_LAYERS]
         generator = torch.Generator().manual_seed(SEED)
         for layer in self.convolutions:
             if isinstance(layer, nn.Conv2d):
@@ -32,13 +35,13 @@ class RandomVgg16(FeatureExtractorBase):  # type: ignore[misc]
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
         """One layer."""
-        return ("512",)
+        return (LAYER,)
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
         """The same for all."""
         del metric
-        return "512"
+        return LAYER
 
     @staticmethod
     def can_be_compiled() -> bool:
@@ -48,4 +51,4 @@ class RandomVgg16(FeatureExtractorBase):  # type: ignore[misc]
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Features of the one layer."""
         x: Tensor = self.convolutions(images.float() / 127.5 - 1.0)
-        return (x.mean(dim=(2, 3)),)
+        return (x.mean(dim=(2, 3)) * SCALE,)
