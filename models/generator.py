@@ -20,7 +20,7 @@ class GeneratorOutput:
         foreground: ``x_fg [B, 3, R, R]`` in [-1, 1].
         background: ``x_bg [b, 3, R, R]`` in [-1, 1].
         mask_coarse: ``m_c [B, 1, R, R]`` in [0, 1].
-        mask_fine: ``m_f [B, 1, R, R]`` in [0, 1].
+        mask_fine: ``m_f [B, 1, R, R]`` in [0, 1]; 0 without a fine mask network.
         mask: final alpha ``m [B, 1, R, R]`` in [0, 1].
         composite: ``x_comp [b, 3, R, R]``.
         w_foreground: ``[B, Z]``, for the truncation centre.
@@ -85,6 +85,7 @@ class FurryGenerator(nn.Module):
         widths: channels of a full StyleGAN2; the foreground takes 3/4 of them, the background 1/4.
         z_dim: length of the foreground latent.
         z_dim_background: the background latent is this many first entries of the same z.
+        fine_mask: have a fine mask network; without it the final alpha is the coarse mask.
         recompute: keep no activations for the backward pass but those between layers.
     """
 
@@ -95,6 +96,7 @@ class FurryGenerator(nn.Module):
         *,
         z_dim: int = 384,
         z_dim_background: int = 128,
+        fine_mask: bool = True,
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -107,11 +109,11 @@ class FurryGenerator(nn.Module):
         self.synthesis_foreground = SynthesisNetwork(resolution, widths, 3, z_dim, recompute=recompute)
         self.synthesis_background = SynthesisNetwork(resolution, widths, 1, z_dim_background, recompute=recompute)
         self.mask_network_coarse = MaskNetwork(self.synthesis_foreground.num_features, z_dim)
-        self.mask_network_fine = MaskNetwork(self.synthesis_foreground.num_features, z_dim)
+        self.mask_network_fine = MaskNetwork(self.synthesis_foreground.num_features, z_dim) if fine_mask else None
         self._noise_resolutions = [
             *self.synthesis_foreground.noise_resolutions,
             resolution,  # coarse mask
-            resolution,  # fine mask
+            resolution,  # fine mask; without its network too, so that all other noise stays the same
             *self.synthesis_background.noise_resolutions,
         ]
         self.to(memory_format=torch.channels_last)
@@ -147,7 +149,11 @@ class FurryGenerator(nn.Module):
         w_foreground = self.mapping_foreground(z, psi)
         foreground, features = self.synthesis_foreground(w_foreground, maps)
         mask_coarse = self.mask_network_coarse(features, w_foreground, next(maps))
-        mask_fine = self.mask_network_fine(features, w_foreground, next(maps))
+        noise_fine = next(maps)
+        if self.mask_network_fine is None:
+            mask_fine = torch.zeros_like(mask_coarse)
+        else:
+            mask_fine = self.mask_network_fine(features, w_foreground, noise_fine)
         mask = combine_masks(mask_coarse, mask_fine, fade_in)
 
         w_background = self.mapping_background(z[:b, : self.z_dim_background], psi)

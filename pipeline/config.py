@@ -49,12 +49,18 @@ class ModelConfig(_Section):
     """Length of the foreground latent z."""
     z_dim_background: Count = 128
     """The background latent is this many first entries of the same z."""
+    fine_mask: bool = True
+    """The fine mask network; without it the mask is the coarse one alone (ablation of Table 1)."""
+    mask_predictor: bool = True
+    """The discriminator's mask predictor; without it there is neither L_pred nor L_cons."""
 
 
 @dataclass(frozen=True)
 class LossConfig(_Section):
     """Weights, thresholds and intervals of the losses (paper, section 3.3)."""
 
+    dual_fake_input: bool = True
+    """Half of the fakes are foregrounds (section 3.1); without it all are composites (ablation of figure 7)."""
     r1: Weight = 1.0
     """gamma of R1; the penalty is weighted gamma / 2 * r1_interval."""
     r1_interval: Count = 16
@@ -62,7 +68,7 @@ class LossConfig(_Section):
     prediction: Weight = 1.0
     """Weight of L_pred (Eq. 4): trains the mask predictor."""
     consistency: Weight = 1.0
-    """Weight of L_cons (Eq. 5); not rescaled by its interval."""
+    """Weight of L_cons (Eq. 5); not rescaled by its interval. 0: not computed (ablation of Table 1)."""
     consistency_interval: Count = 2
     """Iterations between uses of L_cons."""
     consistency_start: CountOrZero = 0
@@ -84,7 +90,7 @@ class LossConfig(_Section):
     phi2: Share = 0.01
     """Most area that the fine mask may add (Eq. 9)."""
     participation: Weight = 1.0
-    """Weight of L_bgp (Eq. 10); not rescaled by its interval."""
+    """Weight of L_bgp (Eq. 10); not rescaled by its interval. 0: not computed (ablation of Table 1)."""
     participation_interval: Count = 2
     """Iterations between uses of L_bgp."""
     fade_in_iterations: CountOrZero = 5000

@@ -76,7 +76,8 @@ class Arguments:
     """Of foregrounds and composites against all training pictures; prc is generative precision and recall. None of
     them after a bare --image-metrics."""
     features: str = INCEPTION
-    """Feature extractor: a name in torch-fidelity's registry, or module:name of your own."""
+    """Feature extractor: a name in torch-fidelity's registry, random-vgg16 (which needs no download), or module:name of
+    your own."""
     inception_weights: Path | None = None
     """File of torch-fidelity's Inception weights; downloaded by default."""
     threshold: float = 0.5

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from data_shards.order import GROUP_SIZE
-from models.discriminator import Discriminator
-from models.generator import FurryGenerator
-from models.widths import Widths
+from pipeline.architecture import make_discriminator, make_generator
 from pipeline.config import Config, Precision
 from pipeline.distributed import global_batch_mean, global_mean
 from pipeline.engine import Engine
@@ -65,16 +63,8 @@ class Learner:
         self.phases = training_phases(config.loss)
         torch.backends.cudnn.benchmark = True  # a handful of shapes, over and over
         torch.manual_seed(config.seed)
-        model = config.model
-        widths = Widths(model.channel_base, model.channel_max)
-        self.generator = FurryGenerator(
-            config.resolution,
-            widths,
-            z_dim=model.z_dim,
-            z_dim_background=model.z_dim_background,
-            recompute=config.recompute,
-        ).to(device)
-        self.discriminator = Discriminator(config.resolution, widths, recompute=config.recompute).to(device)
+        self.generator = make_generator(config).to(device)
+        self.discriminator = make_discriminator(config).to(device)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         d_lazy_ratio = config.loss.r1_interval / (config.loss.r1_interval + 1)
         self.optimizers: dict[str, torch.optim.Optimizer] = {

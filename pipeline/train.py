@@ -192,10 +192,9 @@ def _tell(config: Config, summary: dict[str, float]) -> None:
     if "mask/miou" in summary:
         generated = {k: v for k, v in summary.items() if k.startswith("mask/")}
         real = {k: v for k, v in summary.items() if k.startswith("mask_pred_real/iou")}
-        lines += [
-            f"masks of generated foregrounds: {_figures(generated)}",
-            f"mask predictor on real images:  {_figures(real)}",
-        ]
+        lines.append(f"masks of generated foregrounds: {_figures(generated)}")
+        if real:
+            lines.append(f"mask predictor on real images:  {_figures(real)}")
     lines += [
         f"pictures         {run_dir / 'samples'}",
         f"best checkpoint  {run_dir / 'checkpoints' / BEST}",

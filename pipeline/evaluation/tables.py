@@ -21,6 +21,7 @@ IMAGE_COLUMNS = {
     "generative_recall": "generative recall",
 }
 IN_THOUSANDTHS = ("mse", "kid", "kernel_distance")
+ESCAPES = {"_": r"\_", "%": r"\%", "&": r"\&", "⁻³": "$^{-3}$", "±": r"$\pm$", ABSENT: "--"}
 FORMATS = {"fid": ".2f", "generative_precision": ".3f", "generative_recall": ".3f"}
 
 
@@ -61,43 +62,49 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         f"{run['dataset']}, {run['resolution']} px, iteration {run['iteration']:,}, "
         f"{settings['num_samples']:,} samples, seed {settings['seed']}, threshold {settings['threshold']}.\n"
     ]
-    for table in make_tables(results):
-        lines = [f"## {table.title}\n", "| " + " | ".join(table.columns) + " |"]
-        alignments = ["---" if i < table.num_labels else "---:" for i in range(len(table.columns))]
-        lines.append("| " + " | ".join(alignments) + " |")
-        for row in table.rows:
-            cells = [f"*{cell}*" if row.published else cell for cell in row.cells]
-            if not row.published:
-                cells[: table.num_labels] = [f"**{cell}**" for cell in cells[: table.num_labels]]
-            lines.append("| " + " | ".join(cells) + " |")
-        if table.note:
-            lines.append(f"\n{table.note}")
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, *map(markdown_table, make_tables(results))])
 
 
 def to_latex(results: Mapping[str, Any]) -> str:
     """The tables in LaTeX, for the package booktabs."""
     parts = [f"% Evaluation of {results['run']['name']}; needs \\usepackage{{booktabs}}.\n"]
-    for table in make_tables(results):
-        alignment = "l" * table.num_labels + "r" * (len(table.columns) - table.num_labels)
-        lines = [
-            r"\begin{table}",
-            r"  \centering",
-            rf"  \caption{{{_escape(f'{table.title}. {table.note}'.strip())}}}",
-            rf"  \begin{{tabular}}{{{alignment}}}",
-            r"    \toprule",
-            "    " + " & ".join(map(_escape, table.columns)) + r" \\",
-            r"    \midrule",
-        ]
-        ours, paper = ([row for row in table.rows if row.published is kind] for kind in (False, True))
-        lines += ["    " + " & ".join(map(_escape, row.cells)) + r" \\" for row in ours]
-        if paper:
-            lines += [r"    \midrule", rf"    \multicolumn{{{len(table.columns)}}}{{l}}{{\emph{{Published}}}} \\"]
-            lines += ["    " + " & ".join(rf"\emph{{{_escape(c)}}}" for c in row.cells) + r" \\" for row in paper]
-        lines += [r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""]
-        parts.append("\n".join(lines))
-    return "\n".join(parts)
+    return "\n".join([*parts, *map(latex_table, make_tables(results))])
+
+
+def markdown_table(table: Table) -> str:
+    """A table as a section of a Markdown document."""
+    lines = [f"## {table.title}\n", "| " + " | ".join(table.columns) + " |"]
+    alignments = ["---" if i < table.num_labels else "---:" for i in range(len(table.columns))]
+    lines.append("| " + " | ".join(alignments) + " |")
+    for row in table.rows:
+        cells = [f"*{cell}*" if row.published else cell for cell in row.cells]
+        if not row.published:
+            cells[: table.num_labels] = [f"**{cell}**" for cell in cells[: table.num_labels]]
+        lines.append("| " + " | ".join(cells) + " |")
+    if table.note:
+        lines.append(f"\n{table.note}")
+    return "\n".join(lines) + "\n"
+
+
+def latex_table(table: Table) -> str:
+    """A table as a float."""
+    alignment = "l" * table.num_labels + "r" * (len(table.columns) - table.num_labels)
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{_escape(f'{table.title}. {table.note}'.strip())}}}",
+        rf"  \begin{{tabular}}{{{alignment}}}",
+        r"    \toprule",
+        "    " + " & ".join(map(_escape, table.columns)) + r" \\",
+        r"    \midrule",
+    ]
+    ours, paper = ([row for row in table.rows if row.published is kind] for kind in (False, True))
+    lines += ["    " + " & ".join(map(_escape, row.cells)) + r" \\" for row in ours]
+    if paper:
+        lines += [r"    \midrule", rf"    \multicolumn{{{len(table.columns)}}}{{l}}{{\emph{{Published}}}} \\"]
+        lines += ["    " + " & ".join(rf"\emph{{{_escape(c)}}}" for c in row.cells) + r" \\" for row in paper]
+    lines += [r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""]
+    return "\n".join(lines)
 
 
 def _masks(results: Mapping[str, Any]) -> Table:
@@ -219,6 +226,6 @@ def _number(name: str, value: float | None) -> str:
 
 
 def _escape(text: str) -> str:
-    for plain, escaped in (("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("⁻³", "$^{-3}$"), (ABSENT, "--")):
+    for plain, escaped in ESCAPES.items():
         text = text.replace(plain, escaped)
     return text
