@@ -1,6 +1,6 @@
 """Labelled grids of what the generator makes of fixed latents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,24 @@ CELL = 96
 MARGIN = 4
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 ROWS = ("foreground", "coarse mask", "fine mask adds", "final mask", "cut-out", "background", "composite")
+
+
+def cutout_on_board(out: GeneratorOutput) -> Tensor:
+    """Foregrounds ``[N, 3, R, R]`` blended over the checkerboard by their masks."""
+    return out.mask * out.foreground + (1 - out.mask) * checkerboard(out.mask.shape[-1]).to(out.mask)
+
+
+PICTURES: Mapping[str, Callable[[GeneratorOutput], Tensor]] = {
+    "foreground": lambda out: out.foreground,
+    "coarse mask": lambda out: out.mask_coarse * 2 - 1,
+    "fine mask": lambda out: out.mask_fine * 2 - 1,
+    "fine mask adds": lambda out: (out.mask - out.mask_coarse) * 2 - 1,
+    "final mask": lambda out: out.mask * 2 - 1,
+    "cut-out": cutout_on_board,
+    "background": lambda out: out.background,
+    "composite": lambda out: out.composite,
+}
+"""What a row of a grid may show, each ``[N, 1 or 3, R, R]`` in [-1, 1]."""
 
 
 @torch.no_grad()
@@ -34,9 +52,9 @@ def sample_grid(
     panels = []
     for psi in psis:
         out = generator(z, noise=noise, fade_in=fade_in, psi=psi)
-        rows = [_to_uint8(pictures) for pictures in _pictures(out)]
-        panels.append(_draw_panel(rows, [f"{name}" for name in ROWS], title=f"psi = {psi:g}"))
-    return _stack(panels)
+        rows = [to_uint8_pictures(PICTURES[name](out)) for name in ROWS]
+        panels.append(draw_panel(rows, ROWS, title=f"psi = {psi:g}"))
+    return stack(panels)
 
 
 def checkerboard(resolution: int, squares: int = 8) -> Tensor:
@@ -46,27 +64,15 @@ def checkerboard(resolution: int, squares: int = 8) -> Tensor:
     return torch.where(board == 0, 0.6, 0.9)[None, None]
 
 
-def _pictures(out: GeneratorOutput) -> list[Tensor]:
-    """As in `ROWS`, each ``[N, 1 or 3, R, R]`` in [-1, 1]."""
-    board = checkerboard(out.mask.shape[-1]).to(out.mask)
-    return [
-        out.foreground,
-        out.mask_coarse * 2 - 1,
-        (out.mask - out.mask_coarse) * 2 - 1,
-        out.mask * 2 - 1,
-        out.mask * out.foreground + (1 - out.mask) * board,
-        out.background,
-        out.composite,
-    ]
-
-
-def _to_uint8(pictures: Tensor) -> NDArray[np.uint8]:
+def to_uint8_pictures(pictures: Tensor) -> NDArray[np.uint8]:
+    """``[N, 1 or 3, R, R]`` in [-1, 1] as RGB ``[N, R, R, 3]``."""
     x = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     array: NDArray[np.uint8] = x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
     return array
 
 
-def _draw_panel(rows: Sequence[NDArray[np.uint8]], labels: Sequence[str], *, title: str) -> Image.Image:
+def draw_panel(rows: Sequence[NDArray[np.uint8]], labels: Sequence[str], *, title: str) -> Image.Image:
+    """Rows of pictures ``[N, R, R, 3]`` with a label on the left of each, and a title above."""
     count, size = rows[0].shape[:2]
     factor = -(-CELL // size)
     cell = size * factor
@@ -85,11 +91,22 @@ def _draw_panel(rows: Sequence[NDArray[np.uint8]], labels: Sequence[str], *, tit
     return panel
 
 
-def _stack(panels: Sequence[Image.Image]) -> Image.Image:
+def stack(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels one below the other."""
     width = max(panel.width for panel in panels)
     grid = Image.new("RGB", (width, sum(panel.height for panel in panels)), PAPER)
     y = 0
     for panel in panels:
         grid.paste(panel, (0, y))
         y += panel.height
+    return grid
+
+
+def beside(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels one beside the other."""
+    grid = Image.new("RGB", (sum(panel.width for panel in panels), max(panel.height for panel in panels)), PAPER)
+    x = 0
+    for panel in panels:
+        grid.paste(panel, (x, 0))
+        x += panel.width
     return grid

@@ -86,7 +86,7 @@ def expected_rows(out: GeneratorOutput) -> list[torch.Tensor]:
 
 def test_larger_pictures_are_not_reduced() -> None:
     rows = [np.zeros((2, 128, 128, 3), dtype=np.uint8)] * len(ROWS)
-    panel = module._draw_panel(rows, ROWS, title="psi = 1")
+    panel = module.draw_panel(rows, ROWS, title="psi = 1")
     assert panel.height > len(ROWS) * 128 and panel.width > 2 * 128
 
 
