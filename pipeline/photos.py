@@ -18,7 +18,7 @@ from data_shards.sources.source import picture_names
 
 GUIDE_RADIUS = 1
 GUIDE_EPSILON = 1e-3
-COARSE_SHARE, FINE_SHARE = 1 / 12, 1 / 100
+COARSE_SHARE, FINE_SHARE = 1 / 8, 1 / 64
 """Radius of the two passes of `foreground_colours`, of the picture's longer side."""
 
 
@@ -154,17 +154,20 @@ def foreground_colours(image: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> ND
     foreground = background = seen
     for share in (COARSE_SHARE, FINE_SHARE):
         size = 2 * max(1, round(share * max(alpha.shape))) + 1
-        weight = _blur(a, size)
-        near = _blur(foreground * a, size) / (weight + 1e-5)
-        far = _blur(background * (1 - a), size) / (1 - weight + 1e-5)
+        near = _mean(foreground, a, size)
+        far = _mean(background, 1 - a, size)
         foreground = np.clip(near + a * (seen - a * near - (1 - a) * far), 0, 1)
         background = far
     return np.asarray((foreground * 255).round(), np.uint8)
 
 
-def _blur(x: NDArray[np.floating], size: int) -> NDArray[np.floating]:
-    blurred: NDArray[np.floating] = ndimage.uniform_filter(x, (size, size, 0), mode="nearest")
-    return blurred
+def _mean(colours: NDArray[np.floating], share: NDArray[np.floating], size: int) -> NDArray[np.floating]:
+    """Local mean, in which those pixels count most that are wholly of this layer; themselves where none is near."""
+    weight = share**2 + 1e-6
+    window = (size, size, 0)
+    total = ndimage.uniform_filter(colours * weight, window, mode="nearest")
+    mean: NDArray[np.floating] = total / ndimage.uniform_filter(weight, window, mode="nearest")
+    return mean
 
 
 def cut_out(image: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:

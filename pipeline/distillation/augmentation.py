@@ -3,11 +3,13 @@
 All numbers are drawn from the `torch.Generator` given, for each picture apart.
 """
 
+import io
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-import torchvision.io  # type: ignore[import-untyped]
+from PIL import Image
 from torch import Tensor
 
 MAX_ROTATION = math.radians(15)
@@ -73,10 +75,12 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 def jpeg(images: Tensor, qualities: Tensor, chosen: Tensor) -> Tensor:
     """Save and read the chosen ones of ``[b, 3, H, W]`` in [-1, 1] as JPEG, each of its own quality."""
     out = images.clone()
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     for i in chosen.nonzero().flatten().tolist():
-        read = torchvision.io.decode_jpeg(torchvision.io.encode_jpeg(pixels[i].contiguous(), int(qualities[i])))
-        out[i] = read.to(images) / 127.5 - 1
+        file = io.BytesIO()
+        Image.fromarray(pixels[i]).save(file, format="jpeg", quality=int(qualities[i]))
+        with Image.open(file) as image:
+            out[i] = torch.tensor(np.asarray(image)).permute(2, 0, 1).to(images) / 127.5 - 1
     return out
 
 

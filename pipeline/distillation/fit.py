@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from data_shards.errors import UserError
 from data_shards.progress import progress_bar
@@ -127,7 +127,7 @@ def fit_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         network = MattingNetwork(resolution).to(device)
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True).eval()
+    average = AveragedModel(network, avg_fn=_moving_average, use_buffers=True).eval()
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
     schedule = OneCycleLR(optimizer, max_lr=options.learning_rate, total_steps=options.steps)
     with progress_bar(range(options.steps), desc="distilling", unit="step", disable=not progress) as bar:
@@ -154,6 +154,12 @@ def fit_network(
     fitted = average.module
     assert isinstance(fitted, MattingNetwork)
     return fitted.eval().requires_grad_(False)
+
+
+def _moving_average(average: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
+    """Exponential; over few steps shorter, so that it never drags the network's start along."""
+    decay = min(AVERAGE_DECAY, (1 + int(num_averaged)) / (10 + int(num_averaged)))
+    return torch.lerp(current.float(), average.float(), decay)
 
 
 def alpha_loss(logits: Tensor, alphas: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ discriminator, which knows these pictures, compared as LPIPS compares: unit leng
 """
 
 import importlib
+import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,7 +87,9 @@ class LpipsDistance:
         except ImportError:
             raise UserError("LPIPS needs the package lpips: pip install lpips, or leave out --lpips-backbone") from None
         self._lpips = lpips
-        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        with warnings.catch_warnings():  # it calls torchvision by an old name of an option
+            warnings.simplefilter("ignore")
+            network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         try:
             saved = torch.load(backbone, map_location="cpu", weights_only=True)
             # Its slices name their layers as torchvision does: slice1.0.weight is features.0.weight.
