@@ -136,7 +136,8 @@ def guided_upsample(alpha: Tensor, seen: Tensor, image: Tensor) -> Tensor:
     slope = covariance / (mean(guide * guide) - mean_guide * mean_guide + GUIDE_EPSILON)
     coefficients = mean(torch.cat([slope, mean_alpha - slope * mean_guide], dim=1))
     slope, offset = F.interpolate(coefficients, size=image.shape[-2:], mode="bilinear").split(1, dim=1)
-    return (slope * image.mean(dim=1, keepdim=True) + offset).clamp(0, 1)
+    enlarged: Tensor = (slope * image.mean(dim=1, keepdim=True) + offset).clamp(0, 1)
+    return enlarged
 
 
 def foreground_colours(image: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -151,7 +152,8 @@ def foreground_colours(image: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> ND
     """
     seen = image.astype(np.float32) / 255
     a = alpha.astype(np.float32)[..., None] / 255
-    foreground = background = seen
+    foreground: NDArray[np.floating] = seen
+    background: NDArray[np.floating] = seen
     for share in (COARSE_SHARE, FINE_SHARE):
         size = 2 * max(1, round(share * max(alpha.shape))) + 1
         near = _mean(foreground, a, size)

@@ -195,7 +195,7 @@ def test_a_saved_network_is_the_same_function_and_anything_else_is_one_line(tmp_
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(load_network(tmp_path / "network.pt", CPU)(images), network(images))
-    with pytest.raises(UserError, match="does not exist: make it by python pipeline/distill.py"):
+    with pytest.raises(UserError, match=r"does not exist: make it by python pipeline/distill\.py"):
         load_network(tmp_path / "none.pt", CPU)
     (tmp_path / "text.pt").write_text("no network")
     with pytest.raises(UserError, match=r"text\.pt is no distilled network"):
