@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from PIL import Image
 from torch import Tensor
 
 from data_shards.builtin import furballs_shards
@@ -27,9 +28,11 @@ from pipeline.evaluation.tables import Row, Table, table_markdown
 from pipeline.projection.perceptual import choose_distance
 from pipeline.projection.projector import ProjectionOptions, Space, project
 from pipeline.repeatable import this_device
+from pipeline.sample_grid import draw_panel, to_uint8_pictures
 from pipeline.trained import TrainedRun, open_run
 from pipeline.trainer import make_accelerator
 
+NUM_SHOWN = 8
 HELD_OUT_SEED = 1
 """Of the furballs that no run has seen: training draws those of seed 0."""
 
@@ -82,15 +85,16 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One way's scores, and what it costs."""
+    """One way's scores, what it costs, and its alpha ``[n, 1, R, R]`` of the first pictures."""
 
     name: str
     scores: MaskScores
     seconds_per_photo: float
+    shown: Tensor
 
 
 def compare(comparison: Comparison, out: Path) -> str:
-    """Measure all ways, write ``comparison.md`` and ``comparison.json`` to the new directory `out`.
+    """Measure all ways; write ``comparison.md``, ``.json`` and ``.png`` to the new directory `out`.
 
     Returns:
         The table in Markdown.
@@ -101,13 +105,14 @@ def compare(comparison: Comparison, out: Path) -> str:
     check_new(out)
     device = this_device()
     run = open_run(comparison.run, comparison.checkpoint, device)
-    ways = _ways(comparison, run, device)
     with (
         contextlib.closing(_held_out(comparison, run)) as shard_set,
         contextlib.closing(RealPictures(shard_set, num_threads=torch.get_num_threads())) as pictures,
     ):
         count = min(comparison.count, shard_set.num_samples)
+        ways = _ways(comparison, run, device)
         measured = [_measure(name, batch, masks, pictures, count, device) for name, batch, masks in ways]
+        picture = _picture(measured, pictures, range(min(NUM_SHOWN, count)))
     table = _table(measured, count, run, choose_distance(run.discriminator, comparison.lpips_backbone, device).name)
     results = {
         "run": run.run_dir.resolve().name,
@@ -117,6 +122,7 @@ def compare(comparison: Comparison, out: Path) -> str:
     }
     with whole_directory(out) as partial:
         (partial / "comparison.md").write_text(table, encoding="utf-8")
+        picture.save(partial / "comparison.png")
         write_results(results, partial / "comparison.json")
     return table
 
@@ -199,7 +205,7 @@ def _held_out(comparison: Comparison, run: TrainedRun) -> ShardSet:
 
 
 def _measure(name: str, batch: int, masks: Masks, pictures: RealPictures, count: int, device: torch.device) -> Measured:
-    scores, seconds = [], 0.0
+    scores, shown, seconds = [], [], 0.0
     if batch == 1:
         masks(_floats(pictures, [0], device), 0)  # what a first call costs is not the way's
     for first in progress_bar(range(0, count, batch), desc=name, unit="batch"):
@@ -211,7 +217,8 @@ def _measure(name: str, batch: int, masks: Masks, pictures: RealPictures, count:
         _wait(device)
         seconds += time.perf_counter() - start
         scores.append(score_masks(found.cpu(), pictures.alphas(samples), threshold=0.5))
-    return Measured(name, join(scores), seconds / count)
+        shown.append(found.cpu()[: max(0, NUM_SHOWN - first)])
+    return Measured(name, join(scores), seconds / count, torch.cat(shown))
 
 
 def _floats(pictures: RealPictures, samples: range | list[int], device: torch.device) -> Tensor:
@@ -221,6 +228,15 @@ def _floats(pictures: RealPictures, samples: range | list[int], device: torch.de
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _picture(measured: list[Measured], pictures: RealPictures, samples: range) -> Image.Image:
+    """The first pictures, their true alpha, and that of each way."""
+    rows = [to_uint8_pictures(pictures.images(samples).float() / 127.5 - 1)]
+    alphas = [pictures.alphas(samples), *(way.shown for way in measured)]
+    rows += [to_uint8_pictures(alpha * 2 - 1) for alpha in alphas]
+    labels = ["real picture", "true alpha", *(way.name for way in measured)]
+    return draw_panel(rows, labels, title="Alpha of real pictures that the run has not seen")
 
 
 def _table(measured: list[Measured], count: int, run: TrainedRun, distance: str) -> str:

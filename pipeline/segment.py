@@ -143,7 +143,7 @@ class Compare:
     comparison: Annotated[Comparison, tyro.conf.arg(name="")]
     """What is compared, and on what."""
     out: Path | None = None
-    """Directory for comparison.md and comparison.json; RUN/comparison by default."""
+    """Directory for comparison.md, .json and .png; RUN/comparison by default."""
     num_threads: int = 0
     """CPU threads; 0 is all cores."""
 

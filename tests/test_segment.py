@@ -166,6 +166,7 @@ def test_comparison_has_a_row_for_every_way(cwd: Path) -> None:
     for figures in ways.values():
         assert 0 <= figures["iou_fg"] <= 1 and figures["sad"] > 0 and figures["seconds_per_photo"] > 0
     assert ways["distilled network"]["sad"] != ways["the same network on true alpha"]["sad"]
+    assert picture(cwd / "run" / "comparison" / "comparison.png").shape[0] > 8 * 100  # two rows and one for each way
     assert "4 real pictures of 32 px that the run has not seen" in outcome.out
 
 
