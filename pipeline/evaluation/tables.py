@@ -110,7 +110,7 @@ def latex_table(table: Table) -> str:
 def _masks(results: Mapping[str, Any]) -> Table:
     dataset = results["run"]["dataset"]
     rows = [
-        Row((OURS, dataset, truth, f"{at['psi']}", *_mask_cells(figures)))
+        Row((OURS, dataset, truth, f"{at['psi']}", *mask_cells(figures)))
         for at in results["generated"]
         for truth, figures in at["masks"].items()
     ]
@@ -120,7 +120,7 @@ def _masks(results: Mapping[str, Any]) -> Table:
     for row in shown:
         figures = vars(row) | {"accuracy_as_in_paper": row.accuracy}
         labels = (f"{row.method} (published)", row.dataset, row.pseudo_truth, f"{row.psi}")
-        rows.append(Row((*labels, *_mask_cells(figures, digits=2)), published=True))
+        rows.append(Row((*labels, *mask_cells(figures, digits=2)), published=True))
     note = (
         "Over all pixels of all samples. In the paper's tables the accuracy equals the foreground's IoU in every row; "
         "both that and the true share of right pixels are given. Published rows are the paper's own figures"
@@ -183,7 +183,7 @@ def _soft(results: Mapping[str, Any]) -> Table:
 
 def _mask_pred(results: Mapping[str, Any]) -> Table:
     real = results["real"]
-    rows = [Row((_truth_name(truth), *_mask_cells(figures))) for truth, figures in real["mask_pred"].items()]
+    rows = [Row((_truth_name(truth), *mask_cells(figures))) for truth, figures in real["mask_pred"].items()]
     return Table(
         "The mask predictor on real pictures",
         ("held against", *MASK_COLUMNS),
@@ -194,7 +194,7 @@ def _mask_pred(results: Mapping[str, Any]) -> Table:
 
 
 def _pseudo_truth(results: Mapping[str, Any]) -> Table:
-    rows = [Row((truth, *_mask_cells(figures))) for truth, figures in results["real"]["pseudo_truth"].items()]
+    rows = [Row((truth, *mask_cells(figures))) for truth, figures in results["real"]["pseudo_truth"].items()]
     return Table(
         "How good the pseudo ground truth is",
         ("pseudo ground truth", *MASK_COLUMNS),
@@ -204,11 +204,29 @@ def _pseudo_truth(results: Mapping[str, Any]) -> Table:
     )
 
 
+def real_table(figures: Mapping[str, float], num_photos: int, distance: str) -> Table:
+    """Table 4: masks of real photos by projection.
+
+    Args:
+        figures: of the masks.
+        num_photos: that were projected.
+        distance: that the projector minimised.
+    """
+    rows = [Row((OURS, f"{num_photos:,} photos", *mask_cells(figures)))]
+    for method, theirs in published.REAL.items():
+        labels = (f"{method} (published)", "1,000 of CelebAMask-HQ")
+        rows.append(Row((*labels, *mask_cells(theirs, digits=2)), published=True))
+    note = f"Over all pixels of all photos. The projector minimised: {distance}."
+    return Table("Real photos by projection (Table 4)", ("method", "photos", *MASK_COLUMNS), 2, tuple(rows), note)
+
+
 def _truth_name(truth: str) -> str:
     return "true alpha" if truth == "alpha" else truth
 
 
-def _mask_cells(figures: Mapping[str, float], digits: int = 3) -> Sequence[str]:
+def mask_cells(figures: Mapping[str, float], digits: int = 3) -> Sequence[str]:
+    """The cells of `MASK_COLUMNS`."""
+
     def cell(name: str) -> str:
         value = figures.get(name)
         return ABSENT if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
