@@ -87,6 +87,8 @@ class LossConfig(_Section):
     """Weight of L_bgp (Eq. 10); not rescaled by its interval."""
     participation_interval: Count = 2
     """Iterations between uses of L_bgp."""
+    scribble: Weight = 1.0
+    """Weight of the terms that --scribbles adds: L_scribble of the mask predictor and L_follow of the masks."""
     fade_in_iterations: CountOrZero = 5000
     """Iterations over which the fine mask fades in (gamma of Eq. 3)."""
 
@@ -148,6 +150,9 @@ class Config(_Section):
     data: str | None = None
     """Directory of WebDataset shards, or its URL: s3://, gs://, http:// (any that fsspec knows; see cache_dir). Without
     it the furballs preset draws its own."""
+    scribbles: Path | None = None
+    """Directory of a few pictures NAME.png, each with NAME.scribble.png: green strokes on the foreground, red ones on
+    the background. They decide what is ambiguous."""
     verify_data: bool = True
     """Check the sha256 of every shard before training, where the set has a manifest. Fetched ones always are."""
     resolution: int = 256

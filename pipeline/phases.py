@@ -5,7 +5,7 @@ generator (Eq. 12). Each runs the discriminator forward once. With B samples a r
 the last B/2 are judged as foregrounds: the dual fake input (paper, section 3.1).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +32,28 @@ class Networks:
 
 
 @dataclass(frozen=True)
+class Scribbled:
+    """Real pictures with strokes on them.
+
+    Attributes:
+        images: ``[n, 3, R, R]`` in [-1, 1].
+        strokes: ``[n, 2, R, R]``, 1 where a stroke says foreground (first channel) or background (second), else 0.
+    """
+
+    images: Tensor
+    strokes: Tensor
+
+    def taken(self, numbers: Iterable[int], *, flip: bool) -> "Scribbled":
+        """Pictures in turn, by running numbers from 0; with `flip`, mirrored each second time round."""
+        rows = []
+        for number in map(int, numbers):
+            times_round, chosen = divmod(number, len(self.images))
+            row = self.images[chosen], self.strokes[chosen]
+            rows.append([x.flip(-1) for x in row] if flip and times_round % 2 else row)
+        return Scribbled(*(torch.stack(x) for x in zip(*rows, strict=True)))
+
+
+@dataclass(frozen=True)
 class Step:
     """What a phase works on.
 
@@ -43,6 +65,7 @@ class Step:
         draw: latents and noise of the phase; None where its `stream` is None.
         area: what the phase's `survey` found, the mean over all micro-batches of all ranks; None where this is the only
             one of its rank.
+        scribbled: pictures with strokes, for ``B / 4`` of the samples; None where the run has none.
     """
 
     networks: Networks
@@ -51,6 +74,7 @@ class Step:
     images: Tensor
     draw: Draw | None
     area: Tensor | None = None
+    scribbled: Scribbled | None = None
 
     @property
     def fade_in(self) -> float:
@@ -125,17 +149,23 @@ def d_main(step: Step) -> PhaseResult:
     batch, half = len(step.images), len(step.images) // 2
     with torch.no_grad():
         fake = step.generate(step.networks.generator)
-    images = torch.cat([step.images, fake.composite, fake.foreground[half:], fake.foreground[:half]])
-    # Foregrounds of the composite half are not fakes: they only go as far as the mask predictor.
-    out: DiscriminatorOutput = step.networks.discriminator_synced(images, judged=(batch, batch))
+    images = [step.images, fake.composite, fake.foreground[half:], fake.foreground[:half]]
+    if step.scribbled is not None:
+        images.append(step.scribbled.images)
+    # Foregrounds of the composite half are not fakes: they only go as far as the mask predictor. Scribbled pictures
+    # likewise: a few that come over and over would be known by heart.
+    out: DiscriminatorOutput = step.networks.discriminator_synced(torch.cat(images), judged=(batch, batch))
     logits_real, logits_fake = out.logits.split(batch)
-    _, pred_composite, _, pred_foreground = out.mask_pred.split([batch, half, half, half])
+    predictions = out.mask_pred.split([len(part) for part in images])
+    terms = {
+        "adversarial": losses.d_logistic(logits_real, logits_fake),
+        "prediction": losses.mask_prediction(fake.mask[:half], predictions[1], predictions[3]),
+    }
+    if step.scribbled is not None:
+        terms["scribble"] = losses.scribble(predictions[4], step.scribbled.strokes)
     return PhaseResult(
-        terms={
-            "adversarial": losses.d_logistic(logits_real, logits_fake),
-            "prediction": losses.mask_prediction(fake.mask[:half], pred_composite, pred_foreground),
-        },
-        weights={"adversarial": 1.0, "prediction": step.config.prediction},
+        terms=terms,
+        weights={"adversarial": 1.0, "prediction": step.config.prediction, "scribble": step.config.scribble},
         observed={
             "score/real": logits_real.detach().mean(),
             "score/fake": logits_fake.detach().mean(),
@@ -179,6 +209,8 @@ def g_main(step: Step) -> PhaseResult:
     }
     if with_consistency:
         terms["consistency"] = losses.mask_consistency(judged.mask_pred[2 * half :], judged.mask_pred[:half])
+        if step.scribbled is not None:
+            terms["follow"] = losses.mask_following(out.mask[:half], judged.mask_pred[2 * half :])
     if is_due(iteration, config.participation_interval):
         terms["participation"] = losses.background_participation(out.foreground[:half], out.background, out.mask[:half])
     return PhaseResult(
@@ -214,6 +246,7 @@ def generator_weights(config: LossConfig, iteration: int) -> dict[str, float]:
         "area": config.area,
         "fine": config.fine,
         "consistency": config.consistency,
+        "follow": config.scribble,
         "participation": config.participation,
     }
 

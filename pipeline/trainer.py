@@ -19,7 +19,7 @@ from pipeline.drift import refuse_drift
 from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.learner import Learner, Measured
 from pipeline.metrics import MetricMeter
-from pipeline.phases import Networks, Phase
+from pipeline.phases import Networks, Phase, Scribbled
 from pipeline.schedules import is_due, linear_ramp
 
 CHECKPOINT_VERSION = 1
@@ -48,16 +48,19 @@ class Trainer:
         config: of the run.
         accelerator: from `make_accelerator`.
         loader: of this rank's real images.
+        scribbled: pictures with strokes on them; None for none.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, loader: Loader) -> None:
+    def __init__(
+        self, config: Config, accelerator: Accelerator, loader: Loader, scribbled: Scribbled | None = None
+    ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.loader = loader
         self.meter = MetricMeter()
         self.iteration = 0
         self.seconds_waiting = 0.0
-        self.learner = Learner(config, accelerator.device)
+        self.learner = Learner(config, accelerator.device, scribbled)
         self._synchronise()
         self._agreement = Agreement(config.collective_timeout_s)
         self._slots = rank_slots(config.batch, accelerator.process_index, accelerator.num_processes)
