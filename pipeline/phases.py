@@ -161,11 +161,13 @@ def d_main(step: Step) -> PhaseResult:
         "adversarial": losses.d_logistic(logits_real, logits_fake),
         "prediction": losses.mask_prediction(fake.mask[:half], predictions[1], predictions[3]),
     }
+    weights = {"adversarial": 1.0, "prediction": step.config.prediction}
     if step.scribbled is not None:
         terms["scribble"] = losses.scribble(predictions[4], step.scribbled.strokes)
+        weights["scribble"] = step.config.scribble
     return PhaseResult(
         terms=terms,
-        weights={"adversarial": 1.0, "prediction": step.config.prediction, "scribble": step.config.scribble},
+        weights=weights,
         observed={
             "score/real": logits_real.detach().mean(),
             "score/fake": logits_fake.detach().mean(),
@@ -207,15 +209,17 @@ def g_main(step: Step) -> PhaseResult:
         "area": losses.area_hinge(area, config.phi1),
         "fine": losses.fine_area(out.mask[:half], out.mask_coarse[:half], config.phi2),
     }
+    weights = generator_weights(config, iteration)
     if with_consistency:
         terms["consistency"] = losses.mask_consistency(judged.mask_pred[2 * half :], judged.mask_pred[:half])
         if step.scribbled is not None:
             terms["follow"] = losses.mask_following(out.mask[:half], judged.mask_pred[2 * half :])
+            weights["follow"] = config.scribble
     if is_due(iteration, config.participation_interval):
         terms["participation"] = losses.background_participation(out.foreground[:half], out.background, out.mask[:half])
     return PhaseResult(
         terms=terms,
-        weights=generator_weights(config, iteration),
+        weights=weights,
         observed=_mask_statistics(out),
         generated=out,
     )
@@ -246,7 +250,6 @@ def generator_weights(config: LossConfig, iteration: int) -> dict[str, float]:
         "area": config.area,
         "fine": config.fine,
         "consistency": config.consistency,
-        "follow": config.scribble,
         "participation": config.participation,
     }
 
