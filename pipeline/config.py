@@ -93,6 +93,8 @@ class LossConfig(_Section):
     """Weight of L_bgp (Eq. 10); not rescaled by its interval. 0: not computed (ablation of Table 1)."""
     participation_interval: Count = 2
     """Iterations between uses of L_bgp."""
+    scribble: Weight = 1.0
+    """Weight of the terms that --scribbles adds: L_scribble of the mask predictor and L_follow of the masks."""
     fade_in_iterations: CountOrZero = 5000
     """Iterations over which the fine mask fades in (gamma of Eq. 3)."""
 
@@ -158,6 +160,9 @@ class Config(_Section):
     data: str | None = None
     """Directory of WebDataset shards, or its URL: s3://, gs://, http:// (any that fsspec knows; see cache_dir). Without
     it the furballs preset draws its own."""
+    scribbles: Path | None = None
+    """Directory of a few pictures NAME.png, each with NAME.scribble.png: green strokes on the foreground, red ones on
+    the background. They decide what is ambiguous."""
     verify_data: bool = True
     """Check the sha256 of every shard before training, where the set has a manifest. Fetched ones always are."""
     resolution: int = 256
@@ -244,6 +249,11 @@ class Config(_Section):
         if self.zero_stage and self.backend != "deepspeed":
             raise UserError(
                 f"zero_stage {self.zero_stage} is of DeepSpeed: give --backend deepspeed too, or --zero-stage 0"
+            )
+        if self.scribbles is not None and not (self.model.mask_predictor and self.loss.consistency):
+            raise UserError(
+                "scribbles teach the mask predictor, and the masks when L_cons is due: leave out --scribbles, "
+                "--model.no-mask-predictor or --loss.consistency 0"
             )
         if self.model.channel_base < 4 * self.resolution:
             raise UserError(

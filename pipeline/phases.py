@@ -5,7 +5,7 @@ generator (Eq. 12). Each runs the discriminator forward once. With B samples a r
 the others are judged as foregrounds: b = B/2 is the dual fake input (paper, section 3.1), b = B its ablation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +32,28 @@ class Networks:
 
 
 @dataclass(frozen=True)
+class Scribbled:
+    """Real pictures with strokes on them.
+
+    Attributes:
+        images: ``[n, 3, R, R]`` in [-1, 1].
+        strokes: ``[n, 2, R, R]``, 1 where a stroke says foreground (first channel) or background (second), else 0.
+    """
+
+    images: Tensor
+    strokes: Tensor
+
+    def taken(self, numbers: Iterable[int], *, flip: bool) -> "Scribbled":
+        """Pictures in turn, by running numbers from 0; with `flip`, mirrored each second time round."""
+        rows = []
+        for number in map(int, numbers):
+            times_round, chosen = divmod(number, len(self.images))
+            row = self.images[chosen], self.strokes[chosen]
+            rows.append([x.flip(-1) for x in row] if flip and times_round % 2 else row)
+        return Scribbled(*(torch.stack(x) for x in zip(*rows, strict=True)))
+
+
+@dataclass(frozen=True)
 class Step:
     """What a phase works on.
 
@@ -43,6 +65,7 @@ class Step:
         draw: latents and noise of the phase; None where its `stream` is None.
         area: what the phase's `survey` found, the mean over all micro-batches of all ranks; None where this is the only
             one of its rank.
+        scribbled: pictures with strokes, for ``B / 4`` of the samples; None where the run has none.
     """
 
     networks: Networks
@@ -51,6 +74,7 @@ class Step:
     images: Tensor
     draw: Draw | None
     area: Tensor | None = None
+    scribbled: Scribbled | None = None
 
     @property
     def fade_in(self) -> float:
@@ -132,16 +156,24 @@ def d_main(step: Step) -> PhaseResult:
         fake = step.generate(step.networks.generator)
     images = [step.images, fake.composite, fake.foreground[b:]]
     if step.networks.discriminator.mask_predictor is not None:
-        images.append(fake.foreground[:b])  # no fakes: they only go as far as the mask predictor
+        # These foregrounds are no fakes: they only go as far as the mask predictor. Scribbled pictures likewise: a few
+        # that come over and over would be known by heart.
+        images.append(fake.foreground[:b])
+        if step.scribbled is not None:
+            images.append(step.scribbled.images)
     out: DiscriminatorOutput = step.networks.discriminator_synced(torch.cat(images), judged=(batch, batch))
     logits_real, logits_fake = out.logits.split(batch)
     terms = {"adversarial": losses.d_logistic(logits_real, logits_fake)}
+    weights = {"adversarial": 1.0, "prediction": step.config.prediction}
     if out.mask_pred is not None:
-        _, pred_composite, _, pred_foreground = out.mask_pred.split([batch, b, batch - b, b])
-        terms["prediction"] = losses.mask_prediction(fake.mask[:b], pred_composite, pred_foreground)
+        predictions = out.mask_pred.split([len(part) for part in images])
+        terms["prediction"] = losses.mask_prediction(fake.mask[:b], predictions[1], predictions[3])
+        if step.scribbled is not None:
+            terms["scribble"] = losses.scribble(predictions[4], step.scribbled.strokes)
+            weights["scribble"] = step.config.scribble
     return PhaseResult(
         terms=terms,
-        weights={"adversarial": 1.0, "prediction": step.config.prediction},
+        weights=weights,
         observed={
             "score/real": logits_real.detach().mean(),
             "score/fake": logits_fake.detach().mean(),
@@ -190,15 +222,19 @@ def g_main(step: Step) -> PhaseResult:
         "binarization": losses.binarization(out.mask_coarse),
         "area": losses.area_hinge(area, config.phi1),
     }
+    weights = generator_weights(config, iteration)
     if networks.generator.mask_network_fine is not None:
         terms["fine"] = losses.fine_area(out.mask[:b], out.mask_coarse[:b], config.phi2)
     if with_consistency:
         terms["consistency"] = losses.mask_consistency(judged.mask_pred[batch:], judged.mask_pred[:b])
+        if step.scribbled is not None:
+            terms["follow"] = losses.mask_following(out.mask[:b], judged.mask_pred[batch:])
+            weights["follow"] = config.scribble
     if config.participation > 0 and is_due(iteration, config.participation_interval):
         terms["participation"] = losses.background_participation(out.foreground[:b], out.background, out.mask[:b])
     return PhaseResult(
         terms=terms,
-        weights=generator_weights(config, iteration),
+        weights=weights,
         observed=_mask_statistics(out),
         generated=out,
     )
