@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,8 +72,8 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """Lines for the person at the keyboard."""
-        return [line for line in self.err.splitlines() if line.startswith("error:")]
+        """Lines for the person at the keyboard; one rank's may come behind the progress bar of another one."""
+        return [found for line in self.err.splitlines() for found in re.findall(r"(?:^|(?<=\]))error:.*", line)]
 
 
 def train_in_process(cwd: Path, *arguments: str) -> Outcome:

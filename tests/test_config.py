@@ -202,7 +202,7 @@ def test_common_overrides_are_short(flag: str, text: str, value: Any) -> None:
 def test_every_field_can_be_set_from_the_command_line() -> None:
     before = config_from_dict({"data": "x"})
     chosen = {"dataset": "cub", "loader": "webdataset", "precision": "bf16"}
-    chosen |= {"resolution": "64", "model.z_dim_background": "64", "backend": "deepspeed"}
+    chosen |= {"resolution": "64", "model.z_dim_background": "64", "backend": "deepspeed", "log.on_save_error": "stop"}
     besides = {"zero_stage": ["--backend", "deepspeed"]}
     for name, _, hint in leaves():
         flag, old = "--" + name.replace("_", "-"), get(before, name)

@@ -105,7 +105,7 @@ def test_rank_that_waits_for_ever_ends_when_another_has_failed(cache: Path, tmp_
         import time
         from data_shards.errors import UserError
         from pipeline import failure_detector, learner
-        failure_detector.GRACE_S = 1.0
+        failure_detector.GRACE_S = 8.0
         right, calls = learner.Learner.run, []
         def wrong(*arguments):
             calls.append(0)
