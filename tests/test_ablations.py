@@ -25,7 +25,7 @@ from pipeline.config import Config
 from pipeline.config_io import config_from_dict, merge, save_config
 from pipeline.phases import Networks, PhaseResult, Step, d_main, d_r1, g_main
 from pipeline.randomness import Stream, draw
-from pipeline.sample_grid import CELL, MARGIN, ROWS, sample_grid
+from pipeline.sample_grid import CELL, MARGIN, ROWS, draw_grid, sample_column
 
 B, PITCH = 8, CELL + MARGIN
 HALFWAY = 2500  # gamma is 1/2; consistency and participation are due
@@ -256,7 +256,11 @@ def test_fine_panel_of_a_grid_is_empty_without_a_fine_mask_network() -> None:
     def grid(variant: Variant) -> NDArray[np.uint8]:
         generator = lived_in(make_generator(config_of(variant)))
         z, noise = torch.randn(2, generator.z_dim), torch.randn(2, generator.num_noise)
-        return np.asarray(sample_grid(generator, z, noise, fade_in=1.0, psis=(1.0,)))
+        columns = [
+            sample_column(generator, *latent, fade_in=1.0, psis=(1.0,))
+            for latent in zip(z.split(1), noise.split(1), strict=True)
+        ]
+        return np.asarray(draw_grid(columns, psis=(1.0,)))
 
     for variant, empty in ((named("no-fine-mask"), True), (FULL, False)):
         pixels = grid(variant)

@@ -30,7 +30,7 @@ def export_onnx(network: MattingNetwork, path: Path) -> float:
     Raises:
         RuntimeError: it was not.
     """
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     network = copy.deepcopy(network).cpu()
     side, stride = network.resolution, network.stride
