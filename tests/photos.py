@@ -24,7 +24,6 @@ def run_of(generator: FurryGenerator, discriminator: Discriminator) -> TrainedRu
         discriminator=discriminator.eval().requires_grad_(False),
         iteration=1500,
         images_seen=24_000,
-        tracker_run_id=None,
     )
 
 
