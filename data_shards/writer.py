@@ -3,11 +3,8 @@
 import hashlib
 import io
 import json
-import shutil
 import tarfile
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_shards.errors import UserError
-from data_shards.files import fsync
+from data_shards.files import check_new, fsync, whole_directory
 from data_shards.index import write_index
 from data_shards.manifest import MANIFEST_VERSION, Manifest, ShardRecord
 from data_shards.sample import Sample
@@ -174,12 +171,11 @@ def write_encoded_shards(
     samples_per_shard: int = 1024,
 ) -> Manifest:
     """`write_shards` of what `encode_sample` made, for callers that encode in several processes."""
-    if out.exists():
-        raise UserError(f"{out} exists already; delete it or choose another name")
+    check_new(out)
     numbered = enumerate(samples)
     shards: list[ShardRecord] = []
     has_alpha = False
-    with _whole_directory(out) as partial:
+    with whole_directory(out) as partial:
         while first := next(numbered, None):
             if not shards:
                 has_alpha = ALPHA_EXTENSION in first[1]
@@ -205,24 +201,6 @@ def write_encoded_shards(
         )
         manifest.write(partial)
     return manifest
-
-
-@contextmanager
-def _whole_directory(out: Path) -> Iterator[Path]:
-    """A sibling of `out` to fill, renamed to `out` at the end, so that no half-written set ever bears its name."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
-    try:
-        yield partial
-        fsync(partial)
-        try:
-            partial.rename(out)
-        except OSError:
-            raise UserError(f"{out} was made by another process meanwhile; use that, or delete it") from None
-        fsync(out.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check(what: str, array: NDArray[np.uint8], shape: tuple[int, ...]) -> None:

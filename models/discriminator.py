@@ -21,11 +21,11 @@ class DiscriminatorOutput:
 
     Attributes:
         logits: ``[k, 1]``, positive for real.
-        mask_pred: ``D_m [n, 1, 16, 16]`` in [0, 1].
+        mask_pred: ``D_m [n, 1, 16, 16]`` in [0, 1]; None without a mask predictor.
     """
 
     logits: Tensor
-    mask_pred: Tensor
+    mask_pred: Tensor | None
 
 
 def minibatch_stddev(x: Tensor, group_size: int = STDDEV_GROUP_SIZE) -> Tensor:
@@ -93,10 +93,13 @@ class Discriminator(nn.Module):
     Args:
         resolution: R, a power of two, 32 or more.
         widths: channels by resolution.
+        mask_predictor: have one.
         recompute: keep no activations for the backward pass but those between blocks.
     """
 
-    def __init__(self, resolution: int, widths: Widths | None = None, *, recompute: bool = False) -> None:
+    def __init__(
+        self, resolution: int, widths: Widths | None = None, *, mask_predictor: bool = True, recompute: bool = False
+    ) -> None:
         super().__init__()
         widths = widths or Widths()
         self.recompute = recompute
@@ -110,7 +113,7 @@ class Discriminator(nn.Module):
             at //= 2
         self.blocks_to_mask = nn.Sequential(*to_mask)
         self.blocks_to_logits = nn.Sequential(*to_logits)
-        self.mask_predictor = MaskPredictor(widths(MASK_RESOLUTION))
+        self.mask_predictor = MaskPredictor(widths(MASK_RESOLUTION)) if mask_predictor else None
         self.final_conv = EqualizedConv2d(widths(4) + 1, widths(4), 3)
         self.final_linear = nn.Sequential(
             EqualizedLinear(widths(4) * 4 * 4, widths(4), activate=True),
@@ -131,10 +134,12 @@ class Discriminator(nn.Module):
         x = self._run(self.blocks_to_logits, features[: sum(judged)])
         x = self.final_conv(torch.cat([minibatch_stddev(part) for part in x.split(list(judged))]))
         logits = self.final_linear(x.flatten(1))
-        return DiscriminatorOutput(logits=logits, mask_pred=self.mask_predictor(features))
+        mask_pred = None if self.mask_predictor is None else self.mask_predictor(features)
+        return DiscriminatorOutput(logits=logits, mask_pred=mask_pred)
 
     def predict_mask(self, images: Tensor) -> Tensor:
         """``D_m [n, 1, 16, 16]`` of ``images [n, 3, R, R]``, without the layers below 16x16."""
+        assert self.mask_predictor is not None
         mask_pred: Tensor = self.mask_predictor(self._features16(images))
         return mask_pred
 

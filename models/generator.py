@@ -20,10 +20,10 @@ class GeneratorOutput:
         foreground: ``x_fg [B, 3, R, R]`` in [-1, 1].
         background: ``x_bg [b, 3, R, R]`` in [-1, 1].
         mask_coarse: ``m_c [B, 1, R, R]`` in [0, 1].
-        mask_fine: ``m_f [B, 1, R, R]`` in [0, 1].
+        mask_fine: ``m_f [B, 1, R, R]`` in [0, 1]; 0 without a fine mask network.
         mask: final alpha ``m [B, 1, R, R]`` in [0, 1].
         composite: ``x_comp [b, 3, R, R]``.
-        w_foreground: ``[B, Z]``, for the truncation centre.
+        w_foreground: ``[B, Z]``, for the truncation centre; as they were given to `FurryGenerator.synthesize`.
         w_background: ``[b, Z_bg]``, likewise.
     """
 
@@ -39,6 +39,9 @@ class GeneratorOutput:
 
 class SynthesisNetwork(nn.Module):
     """StyleGAN2 synthesis without RGB skips: ``w [B, D] -> image [B, 3, R, R], features [B, C, R, R]``.
+
+    ``w`` may be ``[B, num_styles, D]``, a style of its own for each layer (W+): those of the convolutions in their
+    order, then that of ToRGB, which the mask networks share.
 
     Args:
         resolution: R.
@@ -68,13 +71,15 @@ class SynthesisNetwork(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.to_rgb = ToRGB(channels(resolution), w_dim)
         self.num_features = channels(resolution)
+        self.num_styles = len(layers) + 1
         self.recompute = recompute
 
     def forward(self, w: Tensor, noise: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        *styles, last = w.unbind(1) if w.ndim == 3 else [w] * self.num_styles
         x = self.constant.expand(len(w), -1, -1, -1).contiguous(memory_format=torch.channels_last)
-        for layer in self.layers:
-            x = call(layer, x, w, next(noise), recompute=self.recompute)
-        return self.to_rgb(x, w), x
+        for layer, style in zip(self.layers, styles, strict=True):
+            x = call(layer, x, style, next(noise), recompute=self.recompute)
+        return self.to_rgb(x, last), x
 
 
 class FurryGenerator(nn.Module):
@@ -85,6 +90,7 @@ class FurryGenerator(nn.Module):
         widths: channels of a full StyleGAN2; the foreground takes 3/4 of them, the background 1/4.
         z_dim: length of the foreground latent.
         z_dim_background: the background latent is this many first entries of the same z.
+        fine_mask: have a fine mask network; without it the final alpha is the coarse mask.
         recompute: keep no activations for the backward pass but those between layers.
     """
 
@@ -95,6 +101,7 @@ class FurryGenerator(nn.Module):
         *,
         z_dim: int = 384,
         z_dim_background: int = 128,
+        fine_mask: bool = True,
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -107,11 +114,11 @@ class FurryGenerator(nn.Module):
         self.synthesis_foreground = SynthesisNetwork(resolution, widths, 3, z_dim, recompute=recompute)
         self.synthesis_background = SynthesisNetwork(resolution, widths, 1, z_dim_background, recompute=recompute)
         self.mask_network_coarse = MaskNetwork(self.synthesis_foreground.num_features, z_dim)
-        self.mask_network_fine = MaskNetwork(self.synthesis_foreground.num_features, z_dim)
+        self.mask_network_fine = MaskNetwork(self.synthesis_foreground.num_features, z_dim) if fine_mask else None
         self._noise_resolutions = [
             *self.synthesis_foreground.noise_resolutions,
             resolution,  # coarse mask
-            resolution,  # fine mask
+            resolution,  # fine mask; without its network too, so that all other noise stays the same
             *self.synthesis_background.noise_resolutions,
         ]
         self.to(memory_format=torch.channels_last)
@@ -142,15 +149,33 @@ class FurryGenerator(nn.Module):
         b = len(z) if num_composites is None else num_composites
         if noise is None:
             noise = torch.randn(len(z), self.num_noise, device=z.device)
-        maps = self._noise_maps(noise)
-
         w_foreground = self.mapping_foreground(z, psi)
-        foreground, features = self.synthesis_foreground(w_foreground, maps)
-        mask_coarse = self.mask_network_coarse(features, w_foreground, next(maps))
-        mask_fine = self.mask_network_fine(features, w_foreground, next(maps))
-        mask = combine_masks(mask_coarse, mask_fine, fade_in)
-
         w_background = self.mapping_background(z[:b, : self.z_dim_background], psi)
+        return self.synthesize(w_foreground, w_background, noise, fade_in=fade_in)
+
+    def synthesize(
+        self, w_foreground: Tensor, w_background: Tensor, noise: Tensor, *, fade_in: float = 1.0
+    ) -> GeneratorOutput:
+        """Generate from styles, which need not be of one latent.
+
+        Args:
+            w_foreground: ``[B, Z]``, or ``[B, synthesis_foreground.num_styles, Z]``, a style for each layer.
+            w_background: ``[b, Z_bg]`` or ``[b, synthesis_background.num_styles, Z_bg]``; b at most B, those of the
+                first samples.
+            noise: ``[B, num_noise]``.
+            fade_in: gamma of Eq. 3.
+        """
+        b = len(w_background)
+        maps = self.noise_maps(noise)
+        foreground, features = self.synthesis_foreground(w_foreground, maps)
+        w_last = w_foreground[:, -1] if w_foreground.ndim == 3 else w_foreground
+        mask_coarse = self.mask_network_coarse(features, w_last, next(maps))
+        noise_fine = next(maps)
+        if self.mask_network_fine is None:
+            mask_fine = torch.zeros_like(mask_coarse)
+        else:
+            mask_fine = self.mask_network_fine(features, w_last, noise_fine)
+        mask = combine_masks(mask_coarse, mask_fine, fade_in)
         background, _ = self.synthesis_background(w_background, (n[:b] for n in maps))
         return GeneratorOutput(
             foreground=foreground,
@@ -163,7 +188,8 @@ class FurryGenerator(nn.Module):
             w_background=w_background,
         )
 
-    def _noise_maps(self, noise: Tensor) -> Iterator[Tensor]:
+    def noise_maps(self, noise: Tensor) -> Iterator[Tensor]:
+        """The maps ``[B, 1, r, r]`` in ``noise [B, num_noise]``, in the order in which they are used."""
         sizes = [r * r for r in self._noise_resolutions]
         for flat, r in zip(noise.split(sizes, dim=1), self._noise_resolutions, strict=True):
             yield flat.view(-1, 1, r, r)

@@ -274,8 +274,13 @@ class Checkpoints:
             fade_in=trainer.fade_in,
             threshold=config.evaluation.threshold,
         )
-        real = real_mask_prediction_metrics(trainer.discriminator, truth.real, threshold=config.evaluation.threshold)
-        return generated.named("mask") | real.named("mask_pred_real")
+        measured = generated.named("mask")
+        if trainer.discriminator.mask_predictor is not None:
+            real = real_mask_prediction_metrics(
+                trainer.discriminator, truth.real, threshold=config.evaluation.threshold
+            )
+            measured |= real.named("mask_pred_real")
+        return measured
 
 
 def peak_memory_bytes() -> int:

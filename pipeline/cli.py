@@ -8,7 +8,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import tyro
 
@@ -34,8 +34,27 @@ class Arguments:
     """Run directory to go on with, under its own configuration."""
 
 
+class HasTree(Protocol):
+    """Arguments of a command on a configuration."""
+
+    def __init__(self, tree: Config) -> None: ...
+
+
+Parsed = TypeVar("Parsed", bound=HasTree)
+
+
 def parse_config(description: str, argv: list[str] | None = None) -> Config:
+    """Read the command line of a command on a configuration alone; errors as in `parse_arguments`."""
+    return parse_arguments(Arguments, description, argv).tree
+
+
+def parse_arguments(kind: type[Parsed], description: str, argv: list[str] | None = None) -> Parsed:
     """Read the command line.
+
+    Args:
+        kind: dataclass of all arguments. Its field `tree` is the configuration; all others have defaults.
+        description: for `--help`.
+        argv: arguments, those of the process by default.
 
     Raises:
         UserError: an argument or value that does not exist or is impossible.
@@ -68,14 +87,7 @@ def parse_config(description: str, argv: list[str] | None = None) -> Config:
     base = config_from_dict(values)
 
     with one_line_errors(passthrough=helping):
-        parsed = tyro.cli(
-            Arguments,
-            prog=Path(sys.argv[0]).name,
-            description=description,
-            args=argv,
-            default=Arguments(tree=base),
-        )
-    return parsed.tree
+        return tyro.cli(kind, prog=Path(sys.argv[0]).name, description=description, args=argv, default=kind(tree=base))
 
 
 def _resolution_of(directory: Path) -> dict[str, Any]:

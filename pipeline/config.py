@@ -49,12 +49,18 @@ class ModelConfig(_Section):
     """Length of the foreground latent z."""
     z_dim_background: Count = 128
     """The background latent is this many first entries of the same z."""
+    fine_mask: bool = True
+    """The fine mask network; without it the mask is the coarse one alone (ablation of Table 1)."""
+    mask_predictor: bool = True
+    """The discriminator's mask predictor; without it there is neither L_pred nor L_cons."""
 
 
 @dataclass(frozen=True)
 class LossConfig(_Section):
     """Weights, thresholds and intervals of the losses (paper, section 3.3)."""
 
+    dual_fake_input: bool = True
+    """Half of the fakes are foregrounds (section 3.1); without it all are composites (ablation of figure 7)."""
     r1: Weight = 1.0
     """gamma of R1; the penalty is weighted gamma / 2 * r1_interval."""
     r1_interval: Count = 16
@@ -62,7 +68,7 @@ class LossConfig(_Section):
     prediction: Weight = 1.0
     """Weight of L_pred (Eq. 4): trains the mask predictor."""
     consistency: Weight = 1.0
-    """Weight of L_cons (Eq. 5); not rescaled by its interval."""
+    """Weight of L_cons (Eq. 5); not rescaled by its interval. 0: not computed (ablation of Table 1)."""
     consistency_interval: Count = 2
     """Iterations between uses of L_cons."""
     consistency_start: CountOrZero = 0
@@ -84,9 +90,11 @@ class LossConfig(_Section):
     phi2: Share = 0.01
     """Most area that the fine mask may add (Eq. 9)."""
     participation: Weight = 1.0
-    """Weight of L_bgp (Eq. 10); not rescaled by its interval."""
+    """Weight of L_bgp (Eq. 10); not rescaled by its interval. 0: not computed (ablation of Table 1)."""
     participation_interval: Count = 2
     """Iterations between uses of L_bgp."""
+    scribble: Weight = 1.0
+    """Weight of the terms that --scribbles adds: L_scribble of the mask predictor and L_follow of the masks."""
     fade_in_iterations: CountOrZero = 5000
     """Iterations over which the fine mask fades in (gamma of Eq. 3)."""
 
@@ -152,6 +160,9 @@ class Config(_Section):
     data: str | None = None
     """Directory of WebDataset shards, or its URL: s3://, gs://, http:// (any that fsspec knows; see cache_dir). Without
     it the furballs preset draws its own."""
+    scribbles: Path | None = None
+    """Directory of a few pictures NAME.png, each with NAME.scribble.png: green strokes on the foreground, red ones on
+    the background. They decide what is ambiguous."""
     verify_data: bool = True
     """Check the sha256 of every shard before training, where the set has a manifest. Fetched ones always are."""
     resolution: int = 256
@@ -238,6 +249,11 @@ class Config(_Section):
         if self.zero_stage and self.backend != "deepspeed":
             raise UserError(
                 f"zero_stage {self.zero_stage} is of DeepSpeed: give --backend deepspeed too, or --zero-stage 0"
+            )
+        if self.scribbles is not None and not (self.model.mask_predictor and self.loss.consistency):
+            raise UserError(
+                "scribbles teach the mask predictor, and the masks when L_cons is due: leave out --scribbles, "
+                "--model.no-mask-predictor or --loss.consistency 0"
             )
         if self.model.channel_base < 4 * self.resolution:
             raise UserError(

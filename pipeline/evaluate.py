@@ -7,7 +7,6 @@ accelerate launch pipeline/evaluate.py --run runs/mine --num-samples 50000 --psi
 import contextlib
 import logging
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +46,7 @@ from pipeline.evaluation.results import (
 )
 from pipeline.evaluation.tables import to_latex, to_markdown
 from pipeline.mask_metrics import MaskMetrics
+from pipeline.repeatable import make_repeatable
 from pipeline.trained import TrainedRun, open_run
 from pipeline.trainer import make_accelerator
 
@@ -76,7 +76,8 @@ class Arguments:
     """Of foregrounds and composites against all training pictures; prc is generative precision and recall. None of
     them after a bare --image-metrics."""
     features: str = INCEPTION
-    """Feature extractor: a name in torch-fidelity's registry, or module:name of your own."""
+    """Feature extractor: a name in torch-fidelity's registry, random-vgg16 (which needs no download), or module:name of
+    your own."""
     inception_weights: Path | None = None
     """File of torch-fidelity's Inception weights; downloaded by default."""
     threshold: float = 0.5
@@ -120,7 +121,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s", force=True
     )
-    _repeatable(arguments)
+    make_repeatable(arguments.num_threads)
     try:
         evaluate(arguments, accelerator)
     finally:
@@ -237,15 +238,6 @@ def _publish(results: dict[str, Any], report: str, arguments: Arguments, run: Tr
     log_to_mlflow(run, as_metrics(results), sorted(out.iterdir()), f"evaluation/{name}")
     print(markdown)
     print(f"report   {out / 'report.html'}\nfigures  {out / 'evaluation.json'}, tables.md, tables.tex", flush=True)
-
-
-def _repeatable(arguments: Arguments) -> None:
-    """Threads as in training; the same bits each time."""
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(arguments.num_threads or max(1, available // local_processes))
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-    torch.backends.cudnn.allow_tf32 = False
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from data_shards.order import GROUP_SIZE
-from models.discriminator import Discriminator
-from models.generator import FurryGenerator
-from models.widths import Widths
+from pipeline.architecture import make_discriminator, make_generator
 from pipeline.config import Config, Precision
 from pipeline.distributed import global_batch_mean, global_mean
 from pipeline.engine import Engine
 from pipeline.finite_guard import FiniteGuard
-from pipeline.phases import Networks, Phase, Step, training_phases
+from pipeline.phases import Networks, Phase, Scribbled, Step, training_phases
 from pipeline.randomness import draw
 from pipeline.schedules import ema_decay
 
@@ -57,24 +55,18 @@ class Learner:
     Args:
         config: sizes, losses, optimizers and seed.
         device: where the networks live.
+        scribbled: pictures with strokes on them, on that device; None for none.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, scribbled: Scribbled | None = None) -> None:
         self._config = config
+        self._scribbled = scribbled
         self._device = device
         self.phases = training_phases(config.loss)
         torch.backends.cudnn.benchmark = True  # a handful of shapes, over and over
         torch.manual_seed(config.seed)
-        model = config.model
-        widths = Widths(model.channel_base, model.channel_max)
-        self.generator = FurryGenerator(
-            config.resolution,
-            widths,
-            z_dim=model.z_dim,
-            z_dim_background=model.z_dim_background,
-            recompute=config.recompute,
-        ).to(device)
-        self.discriminator = Discriminator(config.resolution, widths, recompute=config.recompute).to(device)
+        self.generator = make_generator(config).to(device)
+        self.discriminator = make_discriminator(config).to(device)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         d_lazy_ratio = config.loss.r1_interval / (config.loss.r1_interval + 1)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
@@ -160,16 +152,18 @@ class Learner:
         A micro-batch takes whole columns of its rank's batch, as a rank does of the global batch
         (`data_shards.order.rank_slots`): minibatch-stddev groups and halves are the same.
         """
-        num = self._config.accumulate
+        num, num_columns = self._config.accumulate, self._config.batch // GROUP_SIZE
         sizes = {"z_dim": self.generator.z_dim, "num_noise": self.generator.num_noise}
         steps = []
         for k in range(num):
-            given = None
+            given = scribbled = None
+            part = slots.reshape(GROUP_SIZE, num, -1)[:, k]
             if phase.stream is not None:
-                part = slots.reshape(GROUP_SIZE, num, -1)[:, k].reshape(-1)
-                given = draw(self._config.seed, phase.stream, iteration, part, **sizes, device=self._device)
+                given = draw(self._config.seed, phase.stream, iteration, part.reshape(-1), **sizes, device=self._device)
+            if self._scribbled is not None:  # one a column of the global batch, in turn
+                scribbled = self._scribbled.taken(iteration * num_columns + part[0], flip=self._config.flip)
             pictures = images.unflatten(0, (GROUP_SIZE, num, -1))[:, k].flatten(0, 1)
-            steps.append(Step(self.networks, self._config.loss, iteration, pictures, given))
+            steps.append(Step(self.networks, self._config.loss, iteration, pictures, given, scribbled=scribbled))
         if phase.survey is None or num == 1:
             return steps
         with self._modes(phase), torch.no_grad():

@@ -49,6 +49,33 @@ def mask_consistency(mask_pred_foreground: Tensor, mask_pred_composite: Tensor) 
     return F.mse_loss(mask_pred_composite, mask_pred_foreground.detach())
 
 
+def scribble(mask_pred: Tensor, strokes: Tensor) -> Tensor:
+    """L_scribble, trains D_m on real pictures with strokes; the paper's conclusion proposes such, without a formula.
+
+    Squared error of the prediction, bilinearly enlarged, at the pixels of the strokes. Foreground and background weigh
+    the same in each picture, however long their strokes are, and each picture the same.
+
+    Args:
+        mask_pred: ``D_m [n, 1, 16, 16]``.
+        strokes: ``[n, 2, R, R]``, 1 where a stroke says foreground (first channel) or background (second), else 0;
+            each picture has at least one stroke.
+    """
+    enlarged = F.interpolate(mask_pred, size=strokes.shape[-1], mode="bilinear", align_corners=False)
+    error = torch.cat([1.0 - enlarged, enlarged], dim=1).square()
+    num_pixels = strokes.sum(dim=(2, 3))
+    means = (error * strokes).sum(dim=(2, 3)) / num_pixels.clamp(min=1.0)
+    return (means.sum(dim=1) / (num_pixels > 0).sum(dim=1)).mean()
+
+
+def mask_following(mask: Tensor, mask_pred_foreground: Tensor) -> Tensor:
+    """L_follow, trains G where there are scribbles: ``MSE(Down(m), sg(D_m(x_fg)))``.
+
+    L_pred (Eq. 4) makes D_m follow the masks, and L_cons (Eq. 5) holds its two predictions together, whatever the mask
+    is: neither brings to the masks what D_m has learnt from strokes. This does.
+    """
+    return F.mse_loss(downsample_mask(mask), mask_pred_foreground.detach())
+
+
 def binarization(mask_coarse: Tensor) -> Tensor:
     """L_bin (Eq. 6): ``mean(min(m_c, 1 - m_c))``."""
     return torch.minimum(mask_coarse, 1.0 - mask_coarse).mean()

@@ -312,6 +312,21 @@ def make_client(uri: str) -> Any:
     return client_class(tracking_uri=uri)
 
 
+def prepare_store(config: Config) -> None:
+    """Make the store and the experiment: runs that all began by making them would get in each other's way.
+
+    A store that does not answer is left to the runs, each of which tries again.
+    """
+    uri = config.log.tracking_uri
+    refuse_unknown_store(uri)
+    if uri == "none":
+        return
+    try:
+        _make_experiment(make_client(absolute_uri(uri)), config)
+    except Exception as error:  # see `MlflowMirror._attempt`
+        logger.warning("MLflow at %s does not answer (%s)", hide_password(uri), why(error))
+
+
 def _import_mlflow() -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

@@ -1,11 +1,11 @@
 """Training phases as data: what each trains, how often it is due, and what it computes.
 
 `d_main` teaches the discriminator and its mask predictor (Eq. 11), `d_r1` regularises it lazily, `g_main` teaches the
-generator (Eq. 12). Each runs the discriminator forward once. With B samples a rank, the first B/2 become composites and
-the last B/2 are judged as foregrounds: the dual fake input (paper, section 3.1).
+generator (Eq. 12). Each runs the discriminator forward once. With B samples a rank, the first b become composites and
+the others are judged as foregrounds: b = B/2 is the dual fake input (paper, section 3.1), b = B its ablation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +32,28 @@ class Networks:
 
 
 @dataclass(frozen=True)
+class Scribbled:
+    """Real pictures with strokes on them.
+
+    Attributes:
+        images: ``[n, 3, R, R]`` in [-1, 1].
+        strokes: ``[n, 2, R, R]``, 1 where a stroke says foreground (first channel) or background (second), else 0.
+    """
+
+    images: Tensor
+    strokes: Tensor
+
+    def taken(self, numbers: Iterable[int], *, flip: bool) -> "Scribbled":
+        """Pictures in turn, by running numbers from 0; with `flip`, mirrored each second time round."""
+        rows = []
+        for number in map(int, numbers):
+            times_round, chosen = divmod(number, len(self.images))
+            row = self.images[chosen], self.strokes[chosen]
+            rows.append([x.flip(-1) for x in row] if flip and times_round % 2 else row)
+        return Scribbled(*(torch.stack(x) for x in zip(*rows, strict=True)))
+
+
+@dataclass(frozen=True)
 class Step:
     """What a phase works on.
 
@@ -43,6 +65,7 @@ class Step:
         draw: latents and noise of the phase; None where its `stream` is None.
         area: what the phase's `survey` found, the mean over all micro-batches of all ranks; None where this is the only
             one of its rank.
+        scribbled: pictures with strokes, for ``B / 4`` of the samples; None where the run has none.
     """
 
     networks: Networks
@@ -51,17 +74,23 @@ class Step:
     images: Tensor
     draw: Draw | None
     area: Tensor | None = None
+    scribbled: Scribbled | None = None
 
     @property
     def fade_in(self) -> float:
         """Gamma of Eq. 3."""
         return linear_ramp(self.iteration, 0.0, 1.0, self.config.fade_in_iterations)
 
+    @property
+    def num_composites(self) -> int:
+        """b, how many of the B fakes are composites."""
+        return len(self.images) // 2 if self.config.dual_fake_input else len(self.images)
+
     def generate(self, generator: nn.Module) -> GeneratorOutput:
-        """Foregrounds of all B latents, composites of the first half."""
+        """Foregrounds of all B latents, composites of the first b."""
         assert self.draw is not None
         z, noise = self.draw.z, self.draw.noise
-        out: GeneratorOutput = generator(z, noise=noise, fade_in=self.fade_in, num_composites=len(z) // 2)
+        out: GeneratorOutput = generator(z, noise=noise, fade_in=self.fade_in, num_composites=self.num_composites)
         return out
 
 
@@ -122,20 +151,29 @@ def training_phases(config: LossConfig) -> tuple[Phase, ...]:
 
 def d_main(step: Step) -> PhaseResult:
     """Adversarial loss on real and fake, and mask prediction (Eqs. 4 and 11)."""
-    batch, half = len(step.images), len(step.images) // 2
+    batch, b = len(step.images), step.num_composites
     with torch.no_grad():
         fake = step.generate(step.networks.generator)
-    images = torch.cat([step.images, fake.composite, fake.foreground[half:], fake.foreground[:half]])
-    # Foregrounds of the composite half are not fakes: they only go as far as the mask predictor.
-    out: DiscriminatorOutput = step.networks.discriminator_synced(images, judged=(batch, batch))
+    images = [step.images, fake.composite, fake.foreground[b:]]
+    if step.networks.discriminator.mask_predictor is not None:
+        # These foregrounds are no fakes: they only go as far as the mask predictor. Scribbled pictures likewise: a few
+        # that come over and over would be known by heart.
+        images.append(fake.foreground[:b])
+        if step.scribbled is not None:
+            images.append(step.scribbled.images)
+    out: DiscriminatorOutput = step.networks.discriminator_synced(torch.cat(images), judged=(batch, batch))
     logits_real, logits_fake = out.logits.split(batch)
-    _, pred_composite, _, pred_foreground = out.mask_pred.split([batch, half, half, half])
+    terms = {"adversarial": losses.d_logistic(logits_real, logits_fake)}
+    weights = {"adversarial": 1.0, "prediction": step.config.prediction}
+    if out.mask_pred is not None:
+        predictions = out.mask_pred.split([len(part) for part in images])
+        terms["prediction"] = losses.mask_prediction(fake.mask[:b], predictions[1], predictions[3])
+        if step.scribbled is not None:
+            terms["scribble"] = losses.scribble(predictions[4], step.scribbled.strokes)
+            weights["scribble"] = step.config.scribble
     return PhaseResult(
-        terms={
-            "adversarial": losses.d_logistic(logits_real, logits_fake),
-            "prediction": losses.mask_prediction(fake.mask[:half], pred_composite, pred_foreground),
-        },
-        weights={"adversarial": 1.0, "prediction": step.config.prediction},
+        terms=terms,
+        weights=weights,
         observed={
             "score/real": logits_real.detach().mean(),
             "score/fake": logits_fake.detach().mean(),
@@ -149,9 +187,11 @@ def d_r1(step: Step) -> PhaseResult:
     images = step.images.detach().requires_grad_()
     out: DiscriminatorOutput = step.networks.discriminator_synced(images)
     # R1 reaches neither the mask predictor nor the last bias. Zero gradients instead of none keep DDP's ranks in step.
-    anchor = 0.0 * (out.logits.sum() + out.mask_pred.sum())
+    anchored = out.logits.sum()
+    if out.mask_pred is not None:
+        anchored = anchored + out.mask_pred.sum()
     return PhaseResult(
-        terms={"r1": losses.r1_penalty(out.logits, images) + anchor},
+        terms={"r1": losses.r1_penalty(out.logits, images) + 0.0 * anchored},
         weights={"r1": step.config.r1 / 2 * step.config.r1_interval},
         observed={},
     )
@@ -159,14 +199,20 @@ def d_r1(step: Step) -> PhaseResult:
 
 def g_main(step: Step) -> PhaseResult:
     """Adversarial, consistency, coarse and fine mask and participation losses (Eqs. 5 to 10 and 12)."""
-    config, iteration, half = step.config, step.iteration, len(step.images) // 2
-    out = step.generate(step.networks.generator_synced)
-    with_consistency = iteration >= config.consistency_start and is_due(iteration, config.consistency_interval)
+    config, iteration, batch, b = step.config, step.iteration, len(step.images), step.num_composites
+    networks = step.networks
+    out = step.generate(networks.generator_synced)
+    with_consistency = (
+        networks.discriminator.mask_predictor is not None
+        and config.consistency > 0
+        and iteration >= config.consistency_start
+        and is_due(iteration, config.consistency_interval)
+    )
 
-    fakes = [out.composite, out.foreground[half:]]
+    fakes = [out.composite, out.foreground[b:]]
     if with_consistency:
-        fakes.append(out.foreground[:half].detach())
-    judged = step.networks.discriminator(torch.cat(fakes), judged=(2 * half,))
+        fakes.append(out.foreground[:b].detach())
+    judged = networks.discriminator(torch.cat(fakes), judged=(batch,))
 
     area = losses.mask_area(out.mask_coarse)
     if config.area_over_batch:
@@ -175,15 +221,20 @@ def g_main(step: Step) -> PhaseResult:
         "adversarial": losses.g_nonsaturating(judged.logits),
         "binarization": losses.binarization(out.mask_coarse),
         "area": losses.area_hinge(area, config.phi1),
-        "fine": losses.fine_area(out.mask[:half], out.mask_coarse[:half], config.phi2),
     }
+    weights = generator_weights(config, iteration)
+    if networks.generator.mask_network_fine is not None:
+        terms["fine"] = losses.fine_area(out.mask[:b], out.mask_coarse[:b], config.phi2)
     if with_consistency:
-        terms["consistency"] = losses.mask_consistency(judged.mask_pred[2 * half :], judged.mask_pred[:half])
-    if is_due(iteration, config.participation_interval):
-        terms["participation"] = losses.background_participation(out.foreground[:half], out.background, out.mask[:half])
+        terms["consistency"] = losses.mask_consistency(judged.mask_pred[batch:], judged.mask_pred[:b])
+        if step.scribbled is not None:
+            terms["follow"] = losses.mask_following(out.mask[:b], judged.mask_pred[batch:])
+            weights["follow"] = config.scribble
+    if config.participation > 0 and is_due(iteration, config.participation_interval):
+        terms["participation"] = losses.background_participation(out.foreground[:b], out.background, out.mask[:b])
     return PhaseResult(
         terms=terms,
-        weights=generator_weights(config, iteration),
+        weights=weights,
         observed=_mask_statistics(out),
         generated=out,
     )
@@ -192,11 +243,7 @@ def g_main(step: Step) -> PhaseResult:
 @torch.no_grad()
 def coarse_area(step: Step) -> Tensor:
     """Mean area of the coarse masks of `g_main`, a scalar."""
-    assert step.draw is not None
-    out: GeneratorOutput = step.networks.generator(
-        step.draw.z, noise=step.draw.noise, fade_in=step.fade_in, num_composites=len(step.draw.z) // 2
-    )
-    return losses.mask_area(out.mask_coarse).mean()
+    return losses.mask_area(step.generate(step.networks.generator).mask_coarse).mean()
 
 
 def _with_gradient_of(value: Tensor, part: Tensor) -> Tensor:

@@ -21,6 +21,10 @@ class Stream(IntEnum):
     G_MAIN = 1
     GRID = 2
     EVALUATION = 3
+    GENERATION = 4
+    BACKGROUNDS = 5
+    PROJECTION = 6
+    DISTILLATION = 7
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Labelled grids of what the generator makes of fixed latents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,24 @@ ROWS = ("foreground", "coarse mask", "fine mask adds", "final mask", "cut-out", 
 Pictures = NDArray[np.uint8]
 
 
+def cutout_on_board(out: GeneratorOutput) -> Tensor:
+    """Foregrounds ``[N, 3, R, R]`` blended over the checkerboard by their masks."""
+    return out.mask * out.foreground + (1 - out.mask) * checkerboard(out.mask.shape[-1]).to(out.mask)
+
+
+PICTURES: Mapping[str, Callable[[GeneratorOutput], Tensor]] = {
+    "foreground": lambda out: out.foreground,
+    "coarse mask": lambda out: out.mask_coarse * 2 - 1,
+    "fine mask": lambda out: out.mask_fine * 2 - 1,
+    "fine mask adds": lambda out: (out.mask - out.mask_coarse) * 2 - 1,
+    "final mask": lambda out: out.mask * 2 - 1,
+    "cut-out": cutout_on_board,
+    "background": lambda out: out.background,
+    "composite": lambda out: out.composite,
+}
+"""What a row of a grid may show, each ``[N, 1 or 3, R, R]`` in [-1, 1]."""
+
+
 @torch.no_grad()
 def sample_column(
     generator: FurryGenerator, z: Tensor, noise: Tensor, *, fade_in: float, psis: Sequence[float] = PSIS
@@ -37,7 +55,7 @@ def sample_column(
         psis: truncations.
     """
     made = [generator(z, noise=noise, fade_in=fade_in, psi=psi) for psi in psis]
-    return np.stack([np.concatenate([_to_uint8(pictures) for pictures in _pictures(out)]) for out in made])
+    return np.stack([np.concatenate([to_uint8_pictures(PICTURES[name](out)) for name in ROWS]) for out in made])
 
 
 def draw_grid(columns: Sequence[Pictures], *, psis: Sequence[float] = PSIS) -> Image.Image:
@@ -48,7 +66,7 @@ def draw_grid(columns: Sequence[Pictures], *, psis: Sequence[float] = PSIS) -> I
         psis: those of the columns, one panel each.
     """
     pictures = np.stack(columns, axis=2)  # [psis, rows, columns, R, R, 3]
-    return _stack([_draw_panel(rows, ROWS, title=f"psi = {psi:g}") for rows, psi in zip(pictures, psis, strict=True)])
+    return stack([draw_panel(rows, ROWS, title=f"psi = {psi:g}") for rows, psi in zip(pictures, psis, strict=True)])
 
 
 def checkerboard(resolution: int, squares: int = 8) -> Tensor:
@@ -58,27 +76,15 @@ def checkerboard(resolution: int, squares: int = 8) -> Tensor:
     return torch.where(board == 0, 0.6, 0.9)[None, None]
 
 
-def _pictures(out: GeneratorOutput) -> list[Tensor]:
-    """As in `ROWS`, each ``[N, 1 or 3, R, R]`` in [-1, 1]."""
-    board = checkerboard(out.mask.shape[-1]).to(out.mask)
-    return [
-        out.foreground,
-        out.mask_coarse * 2 - 1,
-        (out.mask - out.mask_coarse) * 2 - 1,
-        out.mask * 2 - 1,
-        out.mask * out.foreground + (1 - out.mask) * board,
-        out.background,
-        out.composite,
-    ]
-
-
-def _to_uint8(pictures: Tensor) -> Pictures:
+def to_uint8_pictures(pictures: Tensor) -> Pictures:
+    """``[N, 1 or 3, R, R]`` in [-1, 1] as RGB ``[N, R, R, 3]``."""
     x = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     array: Pictures = x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
     return array
 
 
-def _draw_panel(rows: Sequence[Pictures] | Pictures, labels: Sequence[str], *, title: str) -> Image.Image:
+def draw_panel(rows: Sequence[Pictures] | Pictures, labels: Sequence[str], *, title: str) -> Image.Image:
+    """Draw rows of pictures ``[N, R, R, 3]``, with a label on the left of each, under a title."""
     count, size = rows[0].shape[:2]
     factor = -(-CELL // size)
     cell = size * factor
@@ -97,11 +103,22 @@ def _draw_panel(rows: Sequence[Pictures] | Pictures, labels: Sequence[str], *, t
     return panel
 
 
-def _stack(panels: Sequence[Image.Image]) -> Image.Image:
+def stack(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels one below the other."""
     width = max(panel.width for panel in panels)
     grid = Image.new("RGB", (width, sum(panel.height for panel in panels)), PAPER)
     y = 0
     for panel in panels:
         grid.paste(panel, (0, y))
         y += panel.height
+    return grid
+
+
+def beside(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels one beside the other."""
+    grid = Image.new("RGB", (sum(panel.width for panel in panels), max(panel.height for panel in panels)), PAPER)
+    x = 0
+    for panel in panels:
+        grid.paste(panel, (x, 0))
+        x += panel.width
     return grid

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import ops
-from models.discriminator import Discriminator
-from models.generator import FurryGenerator
-from models.widths import Widths
+from pipeline.architecture import make_discriminator, make_generator
 from pipeline.config import Config
 from pipeline.costs import Counter
 from pipeline.phases import Networks, Phase, Step, training_phases
@@ -188,11 +186,7 @@ def iteration(phases: Iterable[PhaseWork], batch: int, num_gpus: int, cluster: C
 
 def count(config: Config) -> list[PhaseWork]:
     """Count what the phases of a configuration do, without doing it; half precision where training has it on a GPU."""
-    widths = Widths(config.model.channel_base, config.model.channel_max)
-    model = config.model
-    sizes = {"z_dim": model.z_dim, "z_dim_background": model.z_dim_background}
-    generator = FurryGenerator(config.resolution, widths, **sizes, recompute=config.recompute)
-    discriminator = Discriminator(config.resolution, widths, recompute=config.recompute)
+    generator, discriminator = make_generator(config), make_discriminator(config)
     networks = Networks(generator, discriminator, generator, discriminator)
     counted = []
     for phase in training_phases(config.loss):

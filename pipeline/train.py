@@ -30,6 +30,7 @@ from pipeline.mlflow_mirror import hide_password, is_server, refuse_unknown_stor
 from pipeline.roll_call import ranks_named
 from pipeline.run_directory import check_same_run, load_newest_whole, name_run, write_config, write_summary
 from pipeline.saving import refuse_file_in_the_way
+from pipeline.scribbles import load_scribbles
 from pipeline.tracking import RunTracker, make_tracker
 from pipeline.trainer import Trainer, make_accelerator
 from pipeline.zero import check_installed
@@ -73,11 +74,15 @@ def train(config: Config, accelerator: Accelerator, interrupt: Interrupt) -> Non
             f"batch {config.batch} does not divide among {ranks} processes{parts} in groups of {GROUP_SIZE}: "
             f"give a multiple of {GROUP_SIZE * ranks * config.accumulate}"
         )
+    scribbled = None
+    if config.scribbles is not None:
+        scribbled = load_scribbles(config.scribbles, config.resolution, accelerator.device)
     with contextlib.closing(open_shards(config, accelerator)) as shard_set:
         loader = _make_loader(config, shard_set, accelerator)
         try:
             with ranks_named(config.heartbeat_timeout_s):
-                _train_on(shard_set, loader, config, accelerator, interrupt)
+                trainer = Trainer(config, accelerator, loader, scribbled)
+                _train_on(shard_set, trainer, config, accelerator, interrupt)
         finally:
             shard_set.close()  # first: it ends what the loader's threads may be waiting for
             loader.close()
@@ -99,11 +104,10 @@ def _make_loader(config: Config, shard_set: ShardSet, accelerator: Accelerator) 
 
 
 def _train_on(
-    shard_set: ShardSet, loader: Loader, config: Config, accelerator: Accelerator, interrupt: Interrupt
+    shard_set: ShardSet, trainer: Trainer, config: Config, accelerator: Accelerator, interrupt: Interrupt
 ) -> None:
     run_dir = config.run_dir
     assert run_dir is not None
-    trainer = Trainer(config, accelerator, loader)
     state = load_newest_whole(run_dir)
     if state is not None:
         trainer.load_state_dict(state)
@@ -192,10 +196,9 @@ def _tell(config: Config, summary: dict[str, float]) -> None:
     if "mask/miou" in summary:
         generated = {k: v for k, v in summary.items() if k.startswith("mask/")}
         real = {k: v for k, v in summary.items() if k.startswith("mask_pred_real/iou")}
-        lines += [
-            f"masks of generated foregrounds: {_figures(generated)}",
-            f"mask predictor on real images:  {_figures(real)}",
-        ]
+        lines.append(f"masks of generated foregrounds: {_figures(generated)}")
+        if real:
+            lines.append(f"mask predictor on real images:  {_figures(real)}")
     lines += [
         f"pictures         {run_dir / 'samples'}",
         f"best checkpoint  {run_dir / 'checkpoints' / BEST}",

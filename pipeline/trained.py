@@ -8,7 +8,7 @@ import torch
 from data_shards.errors import UserError
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
-from models.widths import Widths
+from pipeline.architecture import make_discriminator, make_generator
 from pipeline.checkpoints import BEST, list_checkpoints, load_checkpoint
 from pipeline.cli import CONFIG_FILE
 from pipeline.config import Config
@@ -60,10 +60,7 @@ def open_run(run_dir: Path, checkpoint: str, device: torch.device) -> TrainedRun
     config = config_from_dict(load_config(run_dir / CONFIG_FILE))
     path = _find_checkpoint(run_dir, checkpoint)
     state = load_checkpoint(path)
-    model = config.model
-    widths = Widths(model.channel_base, model.channel_max)
-    generator = FurryGenerator(config.resolution, widths, z_dim=model.z_dim, z_dim_background=model.z_dim_background)
-    discriminator = Discriminator(config.resolution, widths)
+    generator, discriminator = make_generator(config), make_discriminator(config)
     try:
         generator.load_state_dict(state["ema"])
         discriminator.load_state_dict(state["discriminator"])

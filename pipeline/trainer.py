@@ -24,7 +24,7 @@ from pipeline.engine import Engine
 from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.learner import Learner, Measured
 from pipeline.metrics import MetricMeter
-from pipeline.phases import Phase
+from pipeline.phases import Phase, Scribbled
 from pipeline.rendezvous import FRESH
 from pipeline.schedules import is_due, linear_ramp
 from pipeline.zero import zero_engine
@@ -55,16 +55,19 @@ class Trainer:
         config: of the run.
         accelerator: from `make_accelerator`.
         loader: of this rank's real images.
+        scribbled: pictures with strokes on them; None for none.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, loader: Loader) -> None:
+    def __init__(
+        self, config: Config, accelerator: Accelerator, loader: Loader, scribbled: Scribbled | None = None
+    ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.loader = loader
         self.meter = MetricMeter()
         self.iteration = 0
         self.seconds_waiting = 0.0
-        self.learner = Learner(config, accelerator.device)
+        self.learner = Learner(config, accelerator.device, scribbled)
         self.learner.synchronise(self._make_engine)
         self._agreement = Agreement(config.collective_timeout_s)
         self._slots = rank_slots(config.batch, accelerator.process_index, accelerator.num_processes)

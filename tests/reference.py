@@ -38,10 +38,10 @@ class ReferenceImages:
 
 @dataclass(frozen=True)
 class ReferenceJudgement:
-    """Logits ``[k, 1]`` of the judged images and mask predictions ``[n, 1, 16, 16]`` of all."""
+    """Logits ``[k, 1]`` of the judged images, mask predictions ``[n, 1, 16, 16]`` of all; None without a predictor."""
 
     logits: Tensor
-    mask_pred: Tensor
+    mask_pred: Tensor | None
 
 
 def reference_generator(
@@ -64,7 +64,12 @@ def reference_generator(
     w_foreground = mapping(_below(parameters, "mapping_foreground"), z)
     foreground, features = synthesis(_below(parameters, "synthesis_foreground"), w_foreground, noise_maps)
     mask_coarse = mask_network(_below(parameters, "mask_network_coarse"), features, w_foreground, noise_maps)
-    mask_fine = mask_network(_below(parameters, "mask_network_fine"), features, w_foreground, noise_maps)
+    fine_parameters = _below(parameters, "mask_network_fine")
+    if fine_parameters:
+        mask_fine = mask_network(fine_parameters, features, w_foreground, noise_maps)
+    else:
+        noise_maps.take(len(z), features.shape[-1])
+        mask_fine = 0.0 * mask_coarse
     mask = (mask_coarse + fade_in * mask_fine).clip(0.0, 1.0)  # Eq. 3
 
     background_parameters = _below(parameters, "mapping_background")
@@ -87,9 +92,11 @@ def reference_discriminator(
     """
     parameters = _parameters(discriminator, images.dtype)
     minibatches = images[: sum(judged)].split(list(judged)) if judged is not None else [images]
-    logits = [_judge_minibatch(parameters, minibatch) for minibatch in minibatches]
-    features = _features_at_mask_resolution(parameters, images)
-    return ReferenceJudgement(torch.cat(logits), mask_predictor(_below(parameters, "mask_predictor"), features))
+    logits = torch.cat([_judge_minibatch(parameters, minibatch) for minibatch in minibatches])
+    predictor = _below(parameters, "mask_predictor")
+    if not predictor:
+        return ReferenceJudgement(logits, None)
+    return ReferenceJudgement(logits, mask_predictor(predictor, _features_at_mask_resolution(parameters, images)))
 
 
 def reference_mask_prediction(discriminator: nn.Module, images: Tensor) -> Tensor:
@@ -99,21 +106,28 @@ def reference_mask_prediction(discriminator: nn.Module, images: Tensor) -> Tenso
 
 
 def reference_d_main(
-    generator: nn.Module, discriminator: nn.Module, images: Tensor, z: Tensor, noise: Tensor, fade_in: float
+    generator: nn.Module,
+    discriminator: nn.Module,
+    images: Tensor,
+    z: Tensor,
+    noise: Tensor,
+    fade_in: float,
+    *,
+    dual_fake_input: bool = True,
 ) -> dict[str, Tensor]:
-    """Terms of Eqs. 4 and 11 for B real images and B latents: real and dual fake judged apart."""
-    half = len(z) // 2
+    """Terms of Eqs. 4 and 11 for B real images and B latents: real and dual fake (or composites alone) judged apart."""
+    b = len(z) // 2 if dual_fake_input else len(z)
     with torch.no_grad():
-        made = reference_generator(generator, z, noise, fade_in, half)
+        made = reference_generator(generator, z, noise, fade_in, b)
     real = reference_discriminator(discriminator, images)
-    fake = reference_discriminator(discriminator, torch.cat([made.composite, made.foreground[half:]]))
-    target = down(made.mask[:half])
-    from_composite = fake.mask_pred[:half]
-    from_foreground = reference_mask_prediction(discriminator, made.foreground[:half])
-    return {
-        "adversarial": torch.log1p((-real.logits).exp()).mean() + torch.log1p(fake.logits.exp()).mean(),
-        "prediction": (from_composite - target).square().mean() / 2 + (from_foreground - target).square().mean() / 2,
-    }
+    fake = reference_discriminator(discriminator, torch.cat([made.composite, made.foreground[b:]]))
+    terms = {"adversarial": torch.log1p((-real.logits).exp()).mean() + torch.log1p(fake.logits.exp()).mean()}
+    if fake.mask_pred is not None:
+        target = down(made.mask[:b])
+        from_foreground = reference_mask_prediction(discriminator, made.foreground[:b])
+        errors = (fake.mask_pred[:b] - target).square().mean(), (from_foreground - target).square().mean()
+        terms["prediction"] = (errors[0] + errors[1]) / 2
+    return terms
 
 
 def reference_d_r1(discriminator: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -134,26 +148,28 @@ def reference_g_main(
     phi1: float,
     phi2: float,
     area_over_batch: bool = False,
+    dual_fake_input: bool = True,
     with_consistency: bool = True,
     with_participation: bool = True,
 ) -> dict[str, Tensor]:
     """Terms of Eqs. 5 to 10 and 12 for B latents; two of them are not due at every iteration."""
-    half = len(z) // 2
-    out = reference_generator(generator, z, noise, fade_in, half)
-    dual = reference_discriminator(discriminator, torch.cat([out.composite, out.foreground[half:]]))
+    b = len(z) // 2 if dual_fake_input else len(z)
+    out = reference_generator(generator, z, noise, fade_in, b)
+    fake = reference_discriminator(discriminator, torch.cat([out.composite, out.foreground[b:]]))
     area = out.mask_coarse.mean(dim=(1, 2, 3))
-    fine = (out.mask - out.mask_coarse)[:half].clip(0.0, 1.0).mean(dim=(1, 2, 3))
     terms = {
-        "adversarial": torch.log1p((-dual.logits).exp()).mean(),
+        "adversarial": torch.log1p((-fake.logits).exp()).mean(),
         "binarization": torch.where(out.mask_coarse < 0.5, out.mask_coarse, 1.0 - out.mask_coarse).mean(),
         "area": hinge(phi1 - area.mean()) if area_over_batch else hinge(phi1 - area).mean(),
-        "fine": hinge(fine - phi2).mean(),
     }
-    if with_consistency:
-        from_foreground = reference_mask_prediction(discriminator, out.foreground[:half].detach())
-        terms["consistency"] = (from_foreground.detach() - dual.mask_pred[:half]).square().mean()
+    if _below(_parameters(generator, z.dtype), "mask_network_fine"):
+        fine = (out.mask - out.mask_coarse)[:b].clip(0.0, 1.0).mean(dim=(1, 2, 3))
+        terms["fine"] = hinge(fine - phi2).mean()
+    if with_consistency and fake.mask_pred is not None:
+        from_foreground = reference_mask_prediction(discriminator, out.foreground[:b].detach())
+        terms["consistency"] = (from_foreground.detach() - fake.mask_pred[:b]).square().mean()
     if with_participation:
-        m, x_fg, x_bg = out.mask[:half], out.foreground[:half].detach(), out.background
+        m, x_fg, x_bg = out.mask[:b], out.foreground[:b].detach(), out.background
         terms["participation"] = (x_fg * m + (1.0 - m) * x_bg.detach() - x_bg).square().mean()
     return terms
 

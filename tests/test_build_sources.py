@@ -327,7 +327,8 @@ def test_furballs_are_those_of_the_training_command(tmp_path: Path) -> None:
 
 def test_every_kind_is_tested_here_and_says_what_it_reads() -> None:
     assert set(KINDS) == {
-        *("folder", "zip", "lmdb", "ffhq", "afhq", "cub", "compcars", "celebamask", "cutouts", "furballs")
+        *("folder", "zip", "lmdb", "ffhq", "afhq", "cub", "compcars", "celebamask", "cutouts", "furballs"),
+        "shadows",
     }
     for kind, source in KINDS.items():
-        assert kind == "furballs" or "SOURCE" in (source.__doc__ or "")
+        assert kind in ("furballs", "shadows") or "SOURCE" in (source.__doc__ or "")

@@ -14,6 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from data_shards.errors import UserError
+from data_shards.sources.furballs import draw
 from pipeline.evaluation.features import (
     INCEPTION,
     Extractor,
@@ -199,3 +200,21 @@ def test_bad_extractors_and_weights_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             load_extractor(name, weights, CPU)
+
+
+def test_random_vgg16_is_the_same_each_time_and_its_distance_grows_as_pictures_get_worse() -> None:
+    """No FID, and nothing is downloaded."""
+    extractor, again = (load_extractor("random-vgg16", None, CPU) for _ in range(2))
+    assert extractor.fingerprint == again.fingerprint and not extractor.is_inception
+
+    pictures = np.stack([draw(i, seed=0, resolution=32).image for i in range(96)]).transpose(0, 3, 1, 2)
+
+    def statistics(images: NDArray[np.uint8]) -> FeatureStatistics:
+        found = FeatureStatistics(keep=False)
+        found.add(extractor(torch.from_numpy(np.ascontiguousarray(images))))
+        return found
+
+    real, half = statistics(pictures[:48]), pictures[48:]
+    blurred = [half, *(gaussian_filter(half, (0, 0, s, s)) for s in (0.7, 1.5))]
+    distances = [image_distances(statistics(x), real, extractor, ["fid"], seed=0)["frechet_distance"] for x in blurred]
+    assert distances[0] < distances[1] < distances[2]

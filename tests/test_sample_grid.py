@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.generator import FurryGenerator, GeneratorOutput
-from pipeline import sample_grid as module
-from pipeline.sample_grid import CELL, MARGIN, PAPER, PSIS, ROWS, checkerboard, draw_grid, sample_column
+from pipeline.sample_grid import CELL, MARGIN, PAPER, PSIS, ROWS, checkerboard, draw_grid, draw_panel, sample_column
 
 COLUMNS = 3
 PITCH = CELL + MARGIN
@@ -93,7 +92,7 @@ def expected_rows(out: GeneratorOutput) -> list[torch.Tensor]:
 
 def test_larger_pictures_are_not_reduced() -> None:
     rows = [np.zeros((2, 128, 128, 3), dtype=np.uint8)] * len(ROWS)
-    panel = module._draw_panel(rows, ROWS, title="psi = 1")
+    panel = draw_panel(rows, ROWS, title="psi = 1")
     assert panel.height > len(ROWS) * 128 and panel.width > 2 * 128
 
 

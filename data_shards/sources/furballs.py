@@ -12,8 +12,9 @@ small picture, the background's noise inputs would imitate it before anything el
 swap roles.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -285,6 +286,53 @@ def _draw_creature(creature: Creature, rng: np.random.Generator, resolution: int
     return canvas
 
 
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """A picture before it is put together.
+
+    Attributes:
+        foreground: the creature's colour times its coverage, uint8 ``[R, R, 3]``.
+        alpha: its coverage, uint8 ``[R, R]``.
+        background: uint8 ``[R, R, 3]``.
+        dark_fur: the coat's colour where little light falls, uint8 ``[3]``.
+        metadata: what was drawn.
+    """
+
+    foreground: NDArray[np.uint8]
+    alpha: NDArray[np.uint8]
+    background: NDArray[np.uint8]
+    dark_fur: NDArray[np.uint8]
+    metadata: Mapping[str, Any]
+
+    def image(self) -> NDArray[np.uint8]:
+        """The composite, uint8 ``[R, R, 3]``."""
+        rest = (255 - self.alpha.astype(np.int32))[..., None]
+        image = self.foreground + (self.background * rest + 127) // 255
+        return image.clip(0, 255).astype(np.uint8)
+
+
+def draw_layers(index: int, *, seed: int, resolution: int) -> Layers:
+    """One creature and what is behind it: a pure function of its arguments, which are those of `draw`."""
+    if not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
+        raise UserError(f"furballs: resolution {resolution} is outside {MIN_RESOLUTION} to {MAX_RESOLUTION}")
+    if index < 0 or seed < 0:
+        raise UserError(f"furballs: index {index} and seed {seed} must not be negative")
+    scene, fur, behind = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index)))).spawn(3)
+    creature = design(scene)
+    foreground, alpha = _draw_creature(creature, fur, resolution).resolve(creature.colours)
+    background, kind = draw_background(behind, resolution)
+    metadata = {
+        "source": "furballs",
+        "seed": seed,
+        "index": index,
+        "background": kind,
+        "pose": creature.pose,
+        "ears": creature.ears,
+        "coat": creature.coat,
+    }
+    return Layers(foreground, alpha, background, creature.colours[1 + MAIN * NUM_SHADES], metadata)
+
+
 def draw(index: int, *, seed: int, resolution: int) -> Sample:
     """One creature with its true alpha: a pure function of its arguments.
 
@@ -296,29 +344,8 @@ def draw(index: int, *, seed: int, resolution: int) -> Sample:
     Returns:
         ``image`` uint8 ``[R, R, 3]``, ``alpha`` uint8 ``[R, R]`` (255 is opaque) and what was drawn as metadata.
     """
-    if not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
-        raise UserError(f"furballs: resolution {resolution} is outside {MIN_RESOLUTION} to {MAX_RESOLUTION}")
-    if index < 0 or seed < 0:
-        raise UserError(f"furballs: index {index} and seed {seed} must not be negative")
-    scene, fur, behind = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index)))).spawn(3)
-    creature = design(scene)
-    foreground, alpha = _draw_creature(creature, fur, resolution).resolve(creature.colours)
-    background, kind = draw_background(behind, resolution)
-    rest = (255 - alpha.astype(np.int32))[..., None]
-    image = foreground + (background * rest + 127) // 255
-    return Sample(
-        image=image.clip(0, 255).astype(np.uint8),
-        alpha=alpha,
-        metadata={
-            "source": "furballs",
-            "seed": seed,
-            "index": index,
-            "background": kind,
-            "pose": creature.pose,
-            "ears": creature.ears,
-            "coat": creature.coat,
-        },
-    )
+    layers = draw_layers(index, seed=seed, resolution=resolution)
+    return Sample(layers.image(), layers.alpha, layers.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # type: ignore[import-untyped]
 
 from data_shards.errors import UserError
+from pipeline.evaluation.random_features import RANDOM_VGG16, RandomVgg16
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ INCEPTION_RESIZE = "to 299 px, bilinear without antialiasing, as TensorFlow 1 re
 DOWNLOAD_TIMEOUT_SECONDS = 30
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 CACHE_VERSION = 1
+
+
+FEATURE_EXTRACTORS_REGISTRY[RANDOM_VGG16] = RandomVgg16
 
 
 class WeightsUnavailableError(UserError):

@@ -165,7 +165,7 @@ class Real:
 
     Attributes:
         num: pictures.
-        mask_pred: the discriminator's 16x16 masks, by what they were held against.
+        mask_pred: the discriminator's 16x16 masks, by what they were held against; empty where it has no predictor.
         truths: pseudo ground truths against true alpha, by name; empty where shards carry none.
     """
 
@@ -196,22 +196,25 @@ def measure_real(
     if not truths and not shard_set.has_alpha:
         return None
     num = min(plan.num_samples, shard_set.num_samples)
+    discriminator = plan.run.discriminator
 
     def compute(samples: range) -> tuple[dict[str, MaskScores], dict[str, MaskScores]]:
         chosen = [i * shard_set.num_samples // num for i in samples]
         images = pictures.images(chosen).to(accelerator.device).float() / 127.5 - 1
         with torch.no_grad():
-            predicted = plan.run.discriminator.predict_mask(images)
+            predicted = discriminator.predict_mask(images) if discriminator.mask_predictor is not None else None
             masks = {name: truth(images) for name, truth in truths.items()}
         quality = {}
         if shard_set.has_alpha:
             alpha = pictures.alphas(chosen).to(accelerator.device)
             quality = {name: score_masks(mask, alpha, threshold=plan.threshold) for name, mask in masks.items()}
             masks = {ALPHA: alpha, **masks}
-        small = {
-            name: score_masks(predicted, downsample_mask(mask), threshold=plan.threshold, soft=False)
-            for name, mask in masks.items()
-        }
+        small = {}
+        if predicted is not None:
+            small = {
+                name: score_masks(predicted, downsample_mask(mask), threshold=plan.threshold, soft=False)
+                for name, mask in masks.items()
+            }
         return small, quality
 
     parts = list(in_order(num, plan.batch, compute, accelerator, label="mask predictor"))

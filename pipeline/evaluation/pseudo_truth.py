@@ -173,7 +173,7 @@ class HuggingFace:
         return resize(mask, images.shape[-1]).clamp(0, 1)
 
 
-def load_segmentation(spec: str, device: torch.device) -> tuple[str, Segmentation]:
+def load_segmentation(spec: str, device: torch.device, *, option: str = "--pseudo-gt") -> tuple[str, Segmentation]:
     """A pseudo ground truth by name, as on the command line: neither `FITTED` nor `ALPHA`.
 
     Returns:
@@ -184,17 +184,17 @@ def load_segmentation(spec: str, device: torch.device) -> tuple[str, Segmentatio
     """
     kind, equals, path = spec.partition("=")
     if not equals and ":" in spec:
-        own: Segmentation = import_object(spec, "--pseudo-gt")
+        own: Segmentation = import_object(spec, option)
         return spec.partition(":")[2], own
     if kind not in (*PRESETS, MASK_RCNN, HUGGING_FACE):
         files = ", ".join(f"{name}=FILE" for name in (*PRESETS, MASK_RCNN))
         raise UserError(
-            f"--pseudo-gt {spec} is unknown: give {FITTED}, {ALPHA}, {files}, {HUGGING_FACE}=FOLDER or module:name"
+            f"{option} {spec} is unknown: give {FITTED}, {ALPHA}, {files}, {HUGGING_FACE}=FOLDER or module:name"
         )
     if not path:
-        raise UserError(f"--pseudo-gt {kind} needs its weights: give {kind}=FILE")
+        raise UserError(f"{option} {kind} needs its weights: give {kind}=FILE")
     if not Path(path).exists():
-        raise UserError(f"--pseudo-gt {spec}: {path} does not exist")
+        raise UserError(f"{option} {spec}: {path} does not exist")
     if kind == MASK_RCNN:
         return kind, MaskRcnn(Path(path), device)
     if kind == HUGGING_FACE:

@@ -21,6 +21,7 @@ IMAGE_COLUMNS = {
     "generative_recall": "generative recall",
 }
 IN_THOUSANDTHS = ("mse", "kid", "kernel_distance")
+ESCAPES = {"_": r"\_", "%": r"\%", "&": r"\&", "⁻³": "$^{-3}$", "±": r"$\pm$", ABSENT: "--"}
 FORMATS = {"fid": ".2f", "generative_precision": ".3f", "generative_recall": ".3f"}
 
 
@@ -61,49 +62,55 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         f"{run['dataset']}, {run['resolution']} px, iteration {run['iteration']:,}, "
         f"{settings['num_samples']:,} samples, seed {settings['seed']}, threshold {settings['threshold']}.\n"
     ]
-    for table in make_tables(results):
-        lines = [f"## {table.title}\n", "| " + " | ".join(table.columns) + " |"]
-        alignments = ["---" if i < table.num_labels else "---:" for i in range(len(table.columns))]
-        lines.append("| " + " | ".join(alignments) + " |")
-        for row in table.rows:
-            cells = [f"*{cell}*" if row.published else cell for cell in row.cells]
-            if not row.published:
-                cells[: table.num_labels] = [f"**{cell}**" for cell in cells[: table.num_labels]]
-            lines.append("| " + " | ".join(cells) + " |")
-        if table.note:
-            lines.append(f"\n{table.note}")
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, *map(markdown_table, make_tables(results))])
 
 
 def to_latex(results: Mapping[str, Any]) -> str:
     """The tables in LaTeX, for the package booktabs."""
     parts = [f"% Evaluation of {results['run']['name']}; needs \\usepackage{{booktabs}}.\n"]
-    for table in make_tables(results):
-        alignment = "l" * table.num_labels + "r" * (len(table.columns) - table.num_labels)
-        lines = [
-            r"\begin{table}",
-            r"  \centering",
-            rf"  \caption{{{_escape(f'{table.title}. {table.note}'.strip())}}}",
-            rf"  \begin{{tabular}}{{{alignment}}}",
-            r"    \toprule",
-            "    " + " & ".join(map(_escape, table.columns)) + r" \\",
-            r"    \midrule",
-        ]
-        ours, paper = ([row for row in table.rows if row.published is kind] for kind in (False, True))
-        lines += ["    " + " & ".join(map(_escape, row.cells)) + r" \\" for row in ours]
-        if paper:
-            lines += [r"    \midrule", rf"    \multicolumn{{{len(table.columns)}}}{{l}}{{\emph{{Published}}}} \\"]
-            lines += ["    " + " & ".join(rf"\emph{{{_escape(c)}}}" for c in row.cells) + r" \\" for row in paper]
-        lines += [r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""]
-        parts.append("\n".join(lines))
-    return "\n".join(parts)
+    return "\n".join([*parts, *map(latex_table, make_tables(results))])
+
+
+def markdown_table(table: Table) -> str:
+    """A table as a section of a Markdown document."""
+    lines = [f"## {table.title}\n", "| " + " | ".join(table.columns) + " |"]
+    alignments = ["---" if i < table.num_labels else "---:" for i in range(len(table.columns))]
+    lines.append("| " + " | ".join(alignments) + " |")
+    for row in table.rows:
+        cells = [f"*{cell}*" if row.published else cell for cell in row.cells]
+        if not row.published:
+            cells[: table.num_labels] = [f"**{cell}**" for cell in cells[: table.num_labels]]
+        lines.append("| " + " | ".join(cells) + " |")
+    if table.note:
+        lines.append(f"\n{table.note}")
+    return "\n".join(lines) + "\n"
+
+
+def latex_table(table: Table) -> str:
+    """A table as a float."""
+    alignment = "l" * table.num_labels + "r" * (len(table.columns) - table.num_labels)
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{_escape(f'{table.title}. {table.note}'.strip())}}}",
+        rf"  \begin{{tabular}}{{{alignment}}}",
+        r"    \toprule",
+        "    " + " & ".join(map(_escape, table.columns)) + r" \\",
+        r"    \midrule",
+    ]
+    ours, paper = ([row for row in table.rows if row.published is kind] for kind in (False, True))
+    lines += ["    " + " & ".join(map(_escape, row.cells)) + r" \\" for row in ours]
+    if paper:
+        lines += [r"    \midrule", rf"    \multicolumn{{{len(table.columns)}}}{{l}}{{\emph{{Published}}}} \\"]
+        lines += ["    " + " & ".join(rf"\emph{{{_escape(c)}}}" for c in row.cells) + r" \\" for row in paper]
+    lines += [r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""]
+    return "\n".join(lines)
 
 
 def _masks(results: Mapping[str, Any]) -> Table:
     dataset = results["run"]["dataset"]
     rows = [
-        Row((OURS, dataset, truth, f"{at['psi']}", *_mask_cells(figures)))
+        Row((OURS, dataset, truth, f"{at['psi']}", *mask_cells(figures)))
         for at in results["generated"]
         for truth, figures in at["masks"].items()
     ]
@@ -113,7 +120,7 @@ def _masks(results: Mapping[str, Any]) -> Table:
     for row in shown:
         figures = vars(row) | {"accuracy_as_in_paper": row.accuracy}
         labels = (f"{row.method} (published)", row.dataset, row.pseudo_truth, f"{row.psi}")
-        rows.append(Row((*labels, *_mask_cells(figures, digits=2)), published=True))
+        rows.append(Row((*labels, *mask_cells(figures, digits=2)), published=True))
     note = (
         "Over all pixels of all samples. In the paper's tables the accuracy equals the foreground's IoU in every row; "
         "both that and the true share of right pixels are given. Published rows are the paper's own figures"
@@ -176,7 +183,7 @@ def _soft(results: Mapping[str, Any]) -> Table:
 
 def _mask_pred(results: Mapping[str, Any]) -> Table:
     real = results["real"]
-    rows = [Row((_truth_name(truth), *_mask_cells(figures))) for truth, figures in real["mask_pred"].items()]
+    rows = [Row((_truth_name(truth), *mask_cells(figures))) for truth, figures in real["mask_pred"].items()]
     return Table(
         "The mask predictor on real pictures",
         ("held against", *MASK_COLUMNS),
@@ -187,7 +194,7 @@ def _mask_pred(results: Mapping[str, Any]) -> Table:
 
 
 def _pseudo_truth(results: Mapping[str, Any]) -> Table:
-    rows = [Row((truth, *_mask_cells(figures))) for truth, figures in results["real"]["pseudo_truth"].items()]
+    rows = [Row((truth, *mask_cells(figures))) for truth, figures in results["real"]["pseudo_truth"].items()]
     return Table(
         "How good the pseudo ground truth is",
         ("pseudo ground truth", *MASK_COLUMNS),
@@ -197,11 +204,29 @@ def _pseudo_truth(results: Mapping[str, Any]) -> Table:
     )
 
 
+def real_table(figures: Mapping[str, float], num_photos: int, distance: str) -> Table:
+    """Table 4: masks of real photos by projection.
+
+    Args:
+        figures: of the masks.
+        num_photos: that were projected.
+        distance: that the projector minimised.
+    """
+    rows = [Row((OURS, f"{num_photos:,} photos", *mask_cells(figures)))]
+    for method, theirs in published.REAL.items():
+        labels = (f"{method} (published)", "1,000 of CelebAMask-HQ")
+        rows.append(Row((*labels, *mask_cells(theirs, digits=2)), published=True))
+    note = f"Over all pixels of all photos. The projector minimised: {distance}."
+    return Table("Real photos by projection (Table 4)", ("method", "photos", *MASK_COLUMNS), 2, tuple(rows), note)
+
+
 def _truth_name(truth: str) -> str:
     return "true alpha" if truth == "alpha" else truth
 
 
-def _mask_cells(figures: Mapping[str, float], digits: int = 3) -> Sequence[str]:
+def mask_cells(figures: Mapping[str, float], digits: int = 3) -> Sequence[str]:
+    """The cells of `MASK_COLUMNS`."""
+
     def cell(name: str) -> str:
         value = figures.get(name)
         return ABSENT if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
@@ -219,6 +244,6 @@ def _number(name: str, value: float | None) -> str:
 
 
 def _escape(text: str) -> str:
-    for plain, escaped in (("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("⁻³", "$^{-3}$"), (ABSENT, "--")):
+    for plain, escaped in ESCAPES.items():
         text = text.replace(plain, escaped)
     return text

@@ -1,0 +1,157 @@
+"""Ask people which of two methods' masks is more precise (the paper's appendix G).
+
+python pipeline/user_study.py serve --images photos --method-a ours=masks/ours --method-b u2net=masks/u2net \
+    --answers study.sqlite
+python pipeline/user_study.py result --answers study.sqlite
+"""
+
+import contextlib
+import json
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+import uvicorn
+
+from data_shards.command import one_line_errors, run_command
+from data_shards.errors import UserError
+from data_shards.files import write_atomically
+from pipeline.study.answers import Answers, Study
+from pipeline.study.app import StudyApp
+from pipeline.study.result import summarise, to_table
+from pipeline.study.stimuli import Method, find_pairs
+
+DESCRIPTION = "Ask people which of two methods' masks is more precise (the paper's appendix G)."
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Show pairs in a browser and store the answers. Stopped, the same command goes on where each participant stood.
+
+    Masks, or cut-outs with transparency, belong to the picture of the same name, whatever the extension.
+    """
+
+    images: Path
+    """Folder of the pictures that were cut out."""
+    method_a: str
+    """NAME=FOLDER of one method's masks or cut-outs."""
+    method_b: str
+    """NAME=FOLDER of the other's."""
+    answers: Path
+    """SQLite file; made where it is not there."""
+    images_b: Path | None = None
+    """Pictures of method B, where they are others: each method generated its own."""
+    question: str = "Which mask is more precise?"
+    """That participants read."""
+    num_pairs: int | None = None
+    """Ask about so many pairs, drawn by the seed; about all where not given."""
+    repeats: int = 2
+    """Pairs that each participant sees a second time, sides swapped: how consistent are they?"""
+    seed: int = 0
+    """Of orders and sides."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines and phones in."""
+    port: int = 8321
+    """Port to listen on; 0 for any that is free."""
+
+    def __post_init__(self) -> None:
+        if self.num_pairs is not None and self.num_pairs < 1:
+            raise UserError(f"--num-pairs {self.num_pairs} is impossible: give 1 or more")
+        if self.repeats < 0:
+            raise UserError(f"--repeats {self.repeats} is impossible: give 0 or more")
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"--port {self.port} is impossible: give 0 to 65535")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Print what the answers say so far."""
+
+    answers: Path
+    """SQLite file that `serve` wrote."""
+    json: Path | None = None
+    """File for the same figures, and those of each pair, as JSON."""
+
+
+def main() -> None:
+    """Serve or sum up, as the command line says."""
+    with one_line_errors(passthrough=bool({"-h", "--help"} & set(sys.argv[1:]))):
+        command = tyro.cli(Serve | Result, prog=Path(sys.argv[0]).name, description=DESCRIPTION)
+    if isinstance(command, Serve):
+        serve(command)
+    else:
+        show_result(command)
+
+
+def serve(command: Serve) -> None:
+    """Answer browsers until interrupted."""
+    app = make_app(command)
+    with contextlib.closing(_listen(command.host, command.port)) as listening:
+        host, port = listening.getsockname()[:2]
+        print(
+            f"open http://{f'[{host}]' if ':' in host else host}:{port}/  (Ctrl-C ends; answers are kept)", flush=True
+        )
+        server = uvicorn.Server(uvicorn.Config(app.asgi(), log_level="warning", lifespan="off"))
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listening])
+
+
+def make_app(command: Serve) -> StudyApp:
+    """What `serve` serves; every file has been read once.
+
+    Raises:
+        UserError: something of the input cannot be used.
+    """
+    (name_a, masks_a), (name_b, masks_b) = (
+        _named("--method-a", command.method_a),
+        _named("--method-b", command.method_b),
+    )
+    if name_a == name_b:
+        raise UserError(f"--method-a and --method-b are both named {name_a}; give them different names")
+    methods = (Method(name_a, masks_a, command.images), Method(name_b, masks_b, command.images_b or command.images))
+    pairs = {pair.name: pair for pair in find_pairs(methods, command.num_pairs, command.seed)}
+    if command.repeats > len(pairs):
+        raise UserError(f"--repeats {command.repeats} is more than the {len(pairs)} pairs there are")
+    study = Study(
+        question=command.question,
+        methods=(name_a, name_b),
+        pairs={name: " ".join(stimulus.digest() for stimulus in pair.stimuli) for name, pair in pairs.items()},
+        seed=command.seed,
+        num_repeats=command.repeats,
+    )
+    return StudyApp(Answers.create(command.answers, study), pairs)
+
+
+def show_result(command: Result) -> None:
+    """Print a table, and write the JSON."""
+    answers = Answers.open(command.answers)
+    result = summarise(answers.study, answers.rows())
+    print(to_table(result))
+    if command.json is not None:
+        try:
+            write_atomically(command.json, json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {command.json} cannot be written ({error.strerror}); choose another") from None
+
+
+def _named(option: str, value: str) -> tuple[str, Path]:
+    name, _, folder = value.partition("=")
+    if not name or not folder:
+        raise UserError(f"{option} {value} names no method: give NAME=FOLDER, such as ours=masks/ours")
+    return name, Path(folder)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port} cannot be listened on ({error.strerror}); choose others"
+        ) from None
+
+
+if __name__ == "__main__":
+    run_command(main)
