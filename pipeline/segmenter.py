@@ -23,7 +23,8 @@ BATCH = 32
 LEARNING_RATE = 4e-3
 
 
-def _block(in_channels: int, out_channels: int) -> nn.Sequential:
+def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Two 3x3 convolutions, each with batch norm and ReLU: a scale of a U-Net."""
     layers: list[nn.Module] = []
     for channels in (in_channels, out_channels):
         layers += [
@@ -40,11 +41,11 @@ class Segmenter(nn.Module):
     def __init__(self, widths: tuple[int, int, int] = (16, 32, 64)) -> None:
         super().__init__()
         fine, middle, coarse = widths
-        self.down_fine = _block(3, fine)
-        self.down_middle = _block(fine, middle)
-        self.bottom = _block(middle, coarse)
-        self.up_middle = _block(coarse + middle, middle)
-        self.up_fine = _block(middle + fine, fine)
+        self.down_fine = double_conv(3, fine)
+        self.down_middle = double_conv(fine, middle)
+        self.bottom = double_conv(middle, coarse)
+        self.up_middle = double_conv(coarse + middle, middle)
+        self.up_fine = double_conv(middle + fine, fine)
         self.to_logits = nn.Conv2d(fine, 1, 1)
         self.to(memory_format=torch.channels_last)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
+from pipeline.segmenter import double_conv
 
 COARSEST = 4
 BASE_WIDTH, MAX_WIDTH = 16, 128
@@ -28,9 +29,9 @@ class MattingNetwork(nn.Module):
         depth = self.stride.bit_length() - 1
         widths = [min(BASE_WIDTH * 2**level, MAX_WIDTH) for level in range(depth + 1)]
         before = [3, *widths]
-        self.down = nn.ModuleList(_block(before[level], widths[level]) for level in range(depth + 1))
+        self.down = nn.ModuleList(double_conv(before[level], widths[level]) for level in range(depth + 1))
         self.narrow = nn.ModuleList(nn.Conv2d(widths[level + 1], widths[level], 1) for level in range(depth))
-        self.up = nn.ModuleList(_block(widths[level], widths[level]) for level in range(depth))
+        self.up = nn.ModuleList(double_conv(widths[level], widths[level]) for level in range(depth))
         self.to_logits = nn.Conv2d(widths[0], 1, 1)
         self.to(memory_format=torch.channels_last)
 
@@ -74,14 +75,3 @@ def load_network(path: Path, device: torch.device) -> MattingNetwork:
             f"{path} is no distilled network ({type(error).__name__}): give the network.pt of distill.py"
         ) from None
     return network.to(device).eval().requires_grad_(False)
-
-
-def _block(in_channels: int, out_channels: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for channels in (in_channels, out_channels):
-        layers += [
-            nn.Conv2d(channels, out_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        ]
-    return nn.Sequential(*layers)
