@@ -5,16 +5,14 @@ python pipeline/ablate.py --dataset ffhq --data shards/ffhq --seeds 0 --num-para
 python pipeline/ablate.py --steps 500 --variants full no-dual-fake-input
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import math
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +22,7 @@ import tyro
 from data_shards.command import run_command
 from data_shards.errors import UserError
 from data_shards.parallel import num_cores
-from data_shards.progress import progress_bar
+from pipeline import evaluate
 from pipeline.ablation.pictures import comparison
 from pipeline.ablation.results import summarise
 from pipeline.ablation.tables import to_latex, to_markdown
@@ -32,19 +30,24 @@ from pipeline.ablation.variants import VARIANTS, Variant, find_variants
 from pipeline.cli import parse_arguments
 from pipeline.config import Config
 from pipeline.config_io import config_from_dict, config_to_dict, merge
-from pipeline.evaluation.features import INCEPTION, WeightsUnavailableError, load_extractor
+from pipeline.evaluation.features import INCEPTION, ImageMetric, WeightsUnavailableError, load_extractor
 from pipeline.evaluation.pseudo_truth import FITTED, load_segmentation
 from pipeline.evaluation.results import write_results, write_whole
 from pipeline.interrupt import Interrupt
-from pipeline.jobs import Job, run_jobs
+from pipeline.locks import locked
 from pipeline.mlflow_mirror import prepare_store
-from pipeline.run_directory import check_same_run, write_config
+from pipeline.repeatable import make_repeatable
+from pipeline.run_directory import check_same_run, is_finished
+from pipeline.sweep.logs import last_line, logged
+from pipeline.train import train
 from pipeline.trained import open_run
+from pipeline.trainer import make_accelerator
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Train and evaluate the method, and the method without each of its parts, over several seeds."
 NAMES = tuple(variant.name for variant in VARIANTS)
+TRIAL, ITERATION = "trial", "iteration"
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,12 @@ class Trial:
     Attributes:
         variant: that is trained.
         config: with the trial's own seed and run directory.
-        evaluation: directory of its results.
+        evaluation: how it is evaluated, and where the results go.
     """
 
     variant: Variant
     config: Config
-    evaluation: Path
+    evaluation: evaluate.Arguments
 
     @property
     def run_dir(self) -> Path:
@@ -112,22 +115,25 @@ class Trial:
         Raises:
             UserError: it went beyond.
         """
-        path = self.run_dir / "summary.json"
-        iterations = json.loads(path.read_text())["iterations"] if path.is_file() else 0
-        if iterations > self.config.steps:
-            raise UserError(
-                f"{self.run_dir} is trained to iteration {iterations}, beyond --steps {self.config.steps}: "
-                "choose another --out, or as many --steps"
-            )
-        return bool(iterations == self.config.steps)
+        return is_finished(self.config, self.run_dir)
 
-    def is_evaluated(self) -> bool:
-        """Whether the results are there."""
-        return (self.evaluation / "evaluation.json").is_file()
+    @property
+    def log(self) -> Path:
+        """What it printed."""
+        return self.run_dir / "trial.log"
+
+    @property
+    def _results(self) -> Path:
+        assert self.evaluation.out is not None
+        return self.evaluation.out / "evaluation.json"
+
+    def is_done(self) -> bool:
+        """Whether it is trained and evaluated."""
+        return self.is_trained() and self._results.is_file()
 
     def results(self) -> dict[str, Any]:
         """Of the evaluation."""
-        results: dict[str, Any] = json.loads((self.evaluation / "evaluation.json").read_text())
+        results: dict[str, Any] = json.loads(self._results.read_text())
         return results
 
 
@@ -142,96 +148,100 @@ def main() -> None:
 
 def study(arguments: Arguments, out: Path) -> None:
     """Run what has not been run yet, and write what all trials say."""
-    evaluation = _evaluation_arguments(arguments)
+    measured = _measured(arguments)
     num_parallel = arguments.num_parallel or torch.cuda.device_count() or 1
     num_threads = arguments.tree.num_threads or max(1, num_cores() // num_parallel)
-    trials = make_trials(arguments, out, evaluation, num_threads)
+    trials = make_trials(arguments, out, measured, num_threads)
     for trial in trials:
         check_same_run(trial.config, trial.run_dir)
-    with _locked(out) as lock:
-        left = [trial for trial in trials if not (trial.is_trained() and trial.is_evaluated())]
-        if left:
+    with locked(out, "study"):
+        if left := [trial for trial in trials if not trial.is_done()]:
             prepare_store(arguments.tree)
-        jobs = [_job(trial, evaluation, num_threads) for trial in left]
-        failed = _run(jobs, len(trials), _environments(num_parallel), lock)
-        done = [trial for trial in trials if trial.is_trained() and trial.is_evaluated()]
-        if done:
+            _run(left, out, num_parallel, num_threads)
+        if done := [trial for trial in trials if trial.is_done()]:
             _publish(done, arguments, out)
+    failed = [trial for trial in trials if not trial.is_done()]
+    for trial in failed:
+        logger.warning("%s failed: %s", trial.run_dir.name, last_line(trial.log))
     if failed:
-        raise UserError(f"{len(failed)} of {len(trials)} trials failed, see {', '.join(map(str, failed))}")
+        raise UserError(
+            f"{len(failed)} of {len(trials)} trials failed, see {', '.join(str(trial.log) for trial in failed)}"
+        )
 
 
-def make_trials(arguments: Arguments, out: Path, evaluation: Sequence[str], num_threads: int) -> list[Trial]:
-    """All trials, seed by seed: what is there early compares all variants."""
+def make_trials(arguments: Arguments, out: Path, measured: evaluate.Arguments, num_threads: int) -> list[Trial]:
+    """All trials, seed by seed: what is there early compares all variants.
+
+    Args:
+        arguments: of the study.
+        out: its directory.
+        measured: how all are evaluated; of another run.
+        num_threads: of a trial.
+    """
     trials = []
     for seed in arguments.seeds:
         for variant in find_variants(arguments.variants):
             own = {"seed": seed, "run_dir": str(out / f"{variant.name}-seed{seed}"), "num_threads": num_threads}
             config = config_from_dict(merge(merge(config_to_dict(arguments.tree), dict(variant.overrides)), own))
             assert config.run_dir is not None
-            asked = json.dumps([config.steps, *evaluation]).encode()
-            name = f"ablation-{hashlib.sha256(asked).hexdigest()[:8]}"
-            trials.append(Trial(variant, config, config.run_dir / "evaluation" / name))
+            asked = json.dumps([config.steps, asdict(measured)], default=str).encode()
+            results = config.run_dir / "evaluation" / f"ablation-{hashlib.sha256(asked).hexdigest()[:8]}"
+            evaluation = replace(measured, run=config.run_dir, out=results, num_threads=num_threads)
+            trials.append(Trial(variant, config, evaluation))
     return trials
 
 
-def _evaluation_arguments(arguments: Arguments) -> list[str]:
-    """For pipeline/evaluate.py, the same for all trials."""
-    options = ["--checkpoint", "latest", "--num-samples", f"{arguments.num_samples}", "--psi", f"{arguments.psi}"]
-    if arguments.pseudo_gt is not None:
-        if arguments.pseudo_gt != FITTED:
-            load_segmentation(arguments.pseudo_gt, torch.device("cpu"))  # a mistake must not wait for the training
-        options += ["--pseudo-gt", arguments.pseudo_gt]
+def _measured(arguments: Arguments) -> evaluate.Arguments:
+    """How all trials are evaluated."""
+    if arguments.pseudo_gt not in (None, FITTED):
+        load_segmentation(arguments.pseudo_gt, torch.device("cpu"))  # a mistake must not wait for the training
+    metrics: tuple[ImageMetric, ...] = ("fid",)
     try:  # once, and not by several trials at a time: it may download
         load_extractor(arguments.features, arguments.inception_weights, torch.device("cpu"))
     except WeightsUnavailableError as error:
         logger.warning("no FID or other distance of pictures: %s", error)
-        return [*options, "--image-metrics"]
-    options += ["--image-metrics", "fid", "--features", arguments.features]
-    if arguments.inception_weights is not None:
-        options += ["--inception-weights", str(arguments.inception_weights)]
-    return options
+        metrics = ()
+    return evaluate.Arguments(
+        run=Path(),
+        checkpoint="latest",
+        num_samples=arguments.num_samples,
+        psi=(arguments.psi,),
+        pseudo_gt=None if arguments.pseudo_gt is None else (arguments.pseudo_gt,),
+        image_metrics=metrics,
+        features=arguments.features,
+        inception_weights=arguments.inception_weights,
+    )
 
 
-def _job(trial: Trial, evaluation: Sequence[str], num_threads: int) -> Job:
-    """What is left to do of a trial."""
-    here = Path(__file__).parent
-    commands: list[tuple[str, ...]] = []
-    if not trial.is_trained():
-        write_config(trial.config, trial.run_dir)
-        commands.append((sys.executable, str(here / "train.py"), "--resume", str(trial.run_dir)))
-    options = ("--run", str(trial.run_dir), "--out", str(trial.evaluation), "--num-threads", str(num_threads))
-    commands.append((sys.executable, str(here / "evaluate.py"), *options, *evaluation))
-    return Job(trial.run_dir.name, tuple(commands), trial.run_dir / "trial.log")
+def _run(trials: Sequence[Trial], out: Path, num_parallel: int, num_threads: int) -> None:
+    """Run all that is left of some trials, side by side."""
+    from pipeline.sweep.runner import Resources, Study, Table, grid, num_at_a_time, ray_cluster
+
+    resources = Resources(num_threads, 1.0 if torch.cuda.is_available() else 0.0)
+    with tempfile.TemporaryDirectory() as state, ray_cluster(None):  # the run directories are the state
+        Study(
+            directory=Path(state),
+            trainable=partial(run_trial, trials={trial.run_dir.name: trial for trial in trials}),
+            space={TRIAL: grid([trial.run_dir.name for trial in trials])},
+            num_samples=1,
+            metric=None,
+            resources=resources,
+            num_parallel=min(num_parallel, num_at_a_time(resources)),
+            table=Table({ITERATION: ITERATION}, [TRIAL], (ITERATION, trials[0].config.steps), len(trials)),
+        ).run()
 
 
-def _environments(num_parallel: int) -> list[dict[str, str]]:
-    """Of the trials at work: each has one of the GPUs."""
-    patient = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # trials share cores
-    if (num_gpus := torch.cuda.device_count()) < 2:
-        return [patient] * num_parallel
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(num_gpus)]
-    return [patient | {"CUDA_VISIBLE_DEVICES": gpus[i % num_gpus]} for i in range(num_parallel)]
+def run_trial(parameters: Mapping[str, str], trials: Mapping[str, Trial]) -> None:
+    """Do what is left of a trial; Ray Tune calls it."""
+    from ray import tune
 
-
-def _run(jobs: Sequence[Job], num_trials: int, environments: Sequence[dict[str, str]], lock: int) -> list[Path]:
-    """Run all; the logs of those that failed."""
-    failed = []
-    bar = progress_bar(total=num_trials, initial=num_trials - len(jobs), desc="trials", unit="trial")
-    with contextlib.closing(bar), contextlib.closing(run_jobs(jobs, environments, keep_open=[lock])) as ended:
-        for job, code in ended:
-            bar.update()
-            if code:
-                failed.append(job.log)
-                logger.warning("%s failed with code %d: %s", job.name, code, _last_line(job.log))
-    return failed
-
-
-def _last_line(log: Path) -> str:
-    """What a command said of its end: in one line, if it was a user's mistake."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "without a word"
+    trial = trials[parameters[TRIAL]]
+    with logged(trial.log):
+        accelerator = make_accelerator(trial.config.collective_timeout_s)
+        if not trial.is_trained():
+            train(trial.config, accelerator, Interrupt(), lambda iteration, _: tune.report({ITERATION: iteration}))
+        make_repeatable(trial.config.num_threads)
+        evaluate.evaluate(trial.evaluation, accelerator)
 
 
 def _publish(done: Sequence[Trial], arguments: Arguments, out: Path) -> None:
@@ -253,21 +263,6 @@ def _publish(done: Sequence[Trial], arguments: Arguments, out: Path) -> None:
             grid.save(out / f"grid-seed{seed}.png")
     print(markdown)
     print(f"tables    {out / 'tables.md'}, tables.tex, ablation.json\npictures  {out / 'grid-seed*.png'}", flush=True)
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[int]:
-    """Keep a second study out of the directory; the trials inherit the lock and may outlive a study that was killed."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "study.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{out} is in use by another study, or by trials that a killed one left at work: "
-                "wait for them, or choose another --out"
-            ) from None
-        yield file.fileno()
 
 
 if __name__ == "__main__":

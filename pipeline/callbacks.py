@@ -4,6 +4,7 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from pipeline.tracking import Tracker
 from pipeline.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+OnMeasured = Callable[[int, dict[str, float]], None]
+"""Called on each rank with the iteration and what was measured, once that is on disk."""
 
 
 def is_due_by_images(trainer: Trainer, interval_images: int) -> bool:
@@ -151,6 +155,7 @@ class Checkpoints:
         seconds_before: training time before this process.
         saved_iteration: of the checkpoint that training goes on from.
         measured_iteration: of its mask metrics.
+        on_measured: told of each measurement.
 
     Attributes:
         unsaved: why the newest state is not on disk; None where it is.
@@ -166,6 +171,7 @@ class Checkpoints:
         seconds_before: float,
         saved_iteration: int = -1,
         measured_iteration: int = -1,
+        on_measured: OnMeasured | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._directory = run_dir / "checkpoints"
@@ -176,6 +182,7 @@ class Checkpoints:
         self.metrics: dict[str, float] = {}
         self._last = saved_iteration
         self._last_measured = measured_iteration
+        self._on_measured = on_measured
         self.unsaved: SaveError | None = None
         self._background = Background("checkpoints")
 
@@ -222,6 +229,9 @@ class Checkpoints:
         measured = self._measure(trainer, num_samples)
         self._last_measured = trainer.iteration
         self._save(trainer, measured)
+        if self._on_measured is not None:
+            self._background.wait()
+            self._on_measured(trainer.iteration, measured)
 
     def _save(self, trainer: Trainer, measured: dict[str, float]) -> None:
         self._last = trainer.iteration

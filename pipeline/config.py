@@ -130,6 +130,8 @@ class LogConfig(_Section):
     sent when it answers again, at the latest by --resume."""
     experiment: str = "furrygan"
     """MLflow experiment."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """MLflow tags of the run, to filter by: --log.tags KEY VALUE KEY VALUE ..."""
     on_save_error: Literal["continue", "stop"] = "continue"
     """Where a checkpoint, picture or row of metrics cannot be written (a full disk): 'continue' says so, trains on and
     tries again at the next one, and a run whose last state is not saved in the end fails; 'stop' ends it at once."""
@@ -149,6 +151,8 @@ class EvaluationConfig(_Section):
     """Most images that the pseudo-ground-truth segmenter is fitted on; an eighth is held out."""
     segmenter_steps: Count = 600
     """Optimizer steps of that fit."""
+    unlabelled: bool = False
+    """Measure a score that needs no labels (docs/objective.md) besides, at each checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class MlflowMirror:
         self._config = config
         self._run_dir = run_dir
         self._uri = absolute_uri(config.log.tracking_uri)
-        self._key = _make_key(run_dir)
+        self._key = make_key(run_dir)
         self._rows, self._pictures = deque(rows), deque(pictures)
         self._start_ms = self._rows[0].timestamp_ms if self._rows else now_ms()
         self._status: Status = "FAILED"
@@ -181,12 +181,12 @@ class MlflowMirror:
         client = make_client(self._uri)
         run = find_run(client, self._config, self._key)
         if run is None:
-            dataset, source = self._config.dataset, Path(sys.argv[0]).name
+            tags = {"dataset": self._config.dataset, "mlflow.source.name": Path(sys.argv[0]).name}
             run = client.create_run(
-                _make_experiment(client, self._config),
+                make_experiment(client, self._config),
                 start_time=self._start_ms,
                 run_name=self._run_dir.name,
-                tags={KEY_TAG: self._key, "dataset": dataset, "mlflow.source.name": source},
+                tags={KEY_TAG: self._key, **tags, **self._config.log.tags},
             )
         self._run_id = run.info.run_id
         if run.info.status != "RUNNING":
@@ -322,7 +322,7 @@ def prepare_store(config: Config) -> None:
     if uri == "none":
         return
     try:
-        _make_experiment(make_client(absolute_uri(uri)), config)
+        make_experiment(make_client(absolute_uri(uri)), config)
     except Exception as error:  # see `MlflowMirror._attempt`
         logger.warning("MLflow at %s does not answer (%s)", hide_password(uri), why(error))
 
@@ -354,8 +354,8 @@ def find_run(client: Any, config: Config, key: str) -> Any:
     return runs[0] if runs else None
 
 
-def _make_key(run_dir: Path) -> str:
-    """Ours, not the store's: it is there before any store has answered."""
+def make_key(run_dir: Path) -> str:
+    """By which the MLflow run of a directory is found. Ours, not the store's: it is there before any has answered."""
     key = read_key(run_dir)
     if not key:
         key = uuid.uuid4().hex
@@ -364,8 +364,8 @@ def _make_key(run_dir: Path) -> str:
     return key
 
 
-def _make_experiment(client: Any, config: Config) -> str:
-    """Its id; it may be there."""
+def make_experiment(client: Any, config: Config) -> str:
+    """The id of the configured experiment, which may be there."""
     experiment = client.get_experiment_by_name(config.log.experiment)
     if experiment is not None:
         return str(experiment.experiment_id)

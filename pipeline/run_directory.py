@@ -70,6 +70,22 @@ def check_same_run(config: Config, run_dir: Path) -> None:
         )
 
 
+def is_finished(config: Config, run_dir: Path) -> bool:
+    """Whether the training has come to its end.
+
+    Raises:
+        UserError: it went beyond.
+    """
+    path = run_dir / "summary.json"
+    iterations = json.loads(path.read_text())["iterations"] if path.is_file() else 0
+    if iterations > config.steps:
+        raise UserError(
+            f"{run_dir} is trained to iteration {iterations}, beyond --steps {config.steps}: "
+            "choose another directory, or as many --steps"
+        )
+    return bool(iterations == config.steps)
+
+
 def write_config(config: Config, run_dir: Path) -> None:
     """Save the resolved configuration.
 

@@ -38,16 +38,19 @@ class RunFiles:
 
     Args:
         run_dir: of the run.
-        iteration: where the run goes on; rows beyond it, of a run that was cut off, are dropped.
-
-    Raises:
-        SaveError: the directory cannot be written to.
     """
 
-    def __init__(self, run_dir: Path, *, iteration: int) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._samples = run_dir / "samples"
         self._unwritten = b""
+
+    def drop_after(self, iteration: int) -> None:
+        """Drop the rows beyond an iteration, of a run that was cut off and goes on there.
+
+        Raises:
+            SaveError: the directory cannot be written to.
+        """
         if self._path.exists():
             rows = [row for row in self._read() if row["iteration"] <= iteration]
             with saving(self._path) as temporary:
@@ -184,7 +187,8 @@ class RunTracker:
 
 def make_tracker(config: Config, run_dir: Path, *, iteration: int) -> RunTracker:
     """The tracker of the main process, going on at `iteration`."""
-    files, mirror = RunFiles(run_dir, iteration=iteration), None
+    files, mirror = RunFiles(run_dir), None
+    files.drop_after(iteration)
     if config.log.tracking_uri != "none":
         mirror = MlflowMirror(config, run_dir, files.rows(), files.pictures())
     return RunTracker(files, mirror, config.log.on_save_error)

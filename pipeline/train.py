@@ -19,7 +19,7 @@ from data_shards.errors import UserError
 from data_shards.loader import Loader, make_loader
 from data_shards.order import GROUP_SIZE
 from data_shards.shard_set import ShardSet
-from pipeline.callbacks import Checkpoints, Progress, SampleGrids, summarise
+from pipeline.callbacks import Checkpoints, OnMeasured, Progress, SampleGrids, summarise
 from pipeline.checkpoints import BEST
 from pipeline.cli import parse_config
 from pipeline.config import Config
@@ -54,8 +54,16 @@ def main() -> None:
             accelerator.end_training()
 
 
-def train(config: Config, accelerator: Accelerator, interrupt: Interrupt) -> None:
+def train(
+    config: Config, accelerator: Accelerator, interrupt: Interrupt, on_measured: OnMeasured | None = None
+) -> None:
     """Run from the configuration's start, or from where its run directory stands, to its end.
+
+    Args:
+        config: with a run directory.
+        accelerator: from `make_accelerator`.
+        interrupt: stops it.
+        on_measured: told of each measurement.
 
     Raises:
         Interrupted: before the end, after the last iteration was saved.
@@ -82,7 +90,7 @@ def train(config: Config, accelerator: Accelerator, interrupt: Interrupt) -> Non
         try:
             with ranks_named(config.heartbeat_timeout_s):
                 trainer = Trainer(config, accelerator, loader, scribbled)
-                _train_on(shard_set, trainer, config, accelerator, interrupt)
+                _train_on(shard_set, trainer, config, accelerator, interrupt, on_measured)
         finally:
             shard_set.close()  # first: it ends what the loader's threads may be waiting for
             loader.close()
@@ -104,7 +112,12 @@ def _make_loader(config: Config, shard_set: ShardSet, accelerator: Accelerator) 
 
 
 def _train_on(
-    shard_set: ShardSet, trainer: Trainer, config: Config, accelerator: Accelerator, interrupt: Interrupt
+    shard_set: ShardSet,
+    trainer: Trainer,
+    config: Config,
+    accelerator: Accelerator,
+    interrupt: Interrupt,
+    on_measured: OnMeasured | None,
 ) -> None:
     run_dir = config.run_dir
     assert run_dir is not None
@@ -130,6 +143,7 @@ def _train_on(
             seconds_before=state.get("seconds", 0.0),
             saved_iteration=state.get("iteration", -1),
             measured_iteration=state.get("measured_iteration", state.get("iteration", -1)),
+            on_measured=on_measured,
         )
         checkpoints.metrics = state.get("metrics", {})
         progress = Progress(trainer, tracker)

@@ -1,0 +1,77 @@
+"""Pictures of a sweep: parallel coordinates, and the objective over each parameter; drawn by Optuna."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.visualization import matplotlib as optuna_plots
+
+from data_shards.files import whole_file
+from pipeline.sweep.records import Record
+from pipeline.sweep.space import ends, is_logarithmic
+
+
+def draw_parallel_coordinates(records: Sequence[Record], space: Mapping[str, str], metric: str, path: Path) -> None:
+    """Each trial a line through its parameters, coloured by the objective.
+
+    Args:
+        records: of trials that were measured.
+        space: that was searched.
+        metric: the objective.
+        path: PNG to write.
+    """
+    with _quiet():
+        axes = optuna_plots.plot_parallel_coordinate(_study(records, space, metric), target_name=metric)
+    axes.figure.set_size_inches(3 + 2 * len(space), 6)
+    _save(axes.figure, path)
+
+
+def draw_slices(records: Sequence[Record], space: Mapping[str, str], metric: str, path: Path) -> None:
+    """The objective over each parameter; arguments as above."""
+    with _quiet():
+        axes = optuna_plots.plot_slice(_study(records, space, metric), target_name=metric)
+    figure = np.atleast_1d(axes)[0].figure
+    figure.set_size_inches(2 + 3 * len(space), 4)
+    _save(figure, path)
+
+
+def _study(records: Sequence[Record], space: Mapping[str, str], metric: str) -> optuna.Study:
+    study = optuna.create_study(direction="maximize")
+    distributions = {field: _distribution(field, space[field], records) for field in space}
+    for record in records:
+        params = {field: record.parameters[field] for field in space}
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=distributions, value=record.metrics[metric])
+        )
+    return study
+
+
+def _distribution(field: str, distribution: str, records: Sequence[Record]) -> BaseDistribution:
+    """As Optuna has it; wide enough for what population-based training made of it."""
+    if distribution.startswith("choice"):
+        return CategoricalDistribution(ends(field, distribution))
+    values: list[Any] = [*ends(field, distribution), *(record.parameters[field] for record in records)]
+    kind: Any = IntDistribution if all(isinstance(value, int) for value in values) else FloatDistribution
+    return kind(min(values), max(values), log=is_logarithmic(distribution))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna says of each of its matplotlib functions that it may change."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+    plt.close(figure)
