@@ -181,7 +181,7 @@ def _tracking(config: Config, trainer: Trainer, *, active: bool) -> Iterator[Run
     tracker = make_tracker(config, config.run_dir, iteration=trainer.iteration)
     try:
         yield tracker
-    except Interrupted:
+    except SystemExit:  # interrupted, or ended by Ray Tune
         tracker.close("KILLED")
         raise
     except BaseException:

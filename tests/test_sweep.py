@@ -16,7 +16,7 @@ from helpers import PIPES, TINY, environment, rows, shard_cache, train_in_proces
 from PIL import Image
 
 from pipeline.config_io import merge
-from pipeline.sweep.records import Record, read_records
+from pipeline.sweep.records import STATUS, Record, read_records
 
 RAY_TUNE = Path(__file__).parents[1] / "ray_tune.py"
 STEPS, MEASURED = 10, (2, 4, 6, 8, 10)
@@ -109,7 +109,7 @@ def test_two_trials_at_a_time_log_into_one_sqlite_without_an_error(
             (child,) = [run for run in children if run.info.run_name == record.run_dir]
             assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
             assert child.data.tags["outcome"] == record.outcome
-            assert child.info.status == ("FAILED" if record.outcome == "failed" else "FINISHED")
+            assert child.info.status == STATUS[record.outcome]
             for field, value in record.parameters.items():
                 assert child.data.params[field] == str(value)
             logged = [r for r in rows(cwd / "swept" / "trials" / record.run_dir) if "mask/miou" in r]

@@ -5,17 +5,7 @@ the surroundings instead of the object, or that cut through it. Their product is
 how well it goes with true mIoU, and where it fails.
 """
 
-from dataclasses import asdict, dataclass
-
-import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
-
-from models.discriminator import Discriminator
-from models.generator import FurryGenerator
-from pipeline.distributed import global_sum, share
-from pipeline.losses import downsample_mask
-from pipeline.randomness import Stream, draw
+from dataclasses import dataclass
 
 NUM_SAMPLES = 512
 CHUNK = 16

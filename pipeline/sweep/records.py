@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,8 @@ from pipeline.tracking import RunFiles
 logger = logging.getLogger(__name__)
 
 Outcome = Literal["finished", "stopped early", "failed"]
+STATUS: dict[Outcome, Status] = {"finished": "FINISHED", "stopped early": "KILLED", "failed": "FAILED"}
+"""Of MLflow's run."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class RecordTrials(Callback):  # type: ignore[misc]
     def _record(self, trial: Trial, outcome: Outcome, reason: str) -> None:
         run_dir = newest_run_dir(self._directory, trial.trial_id)
         result = trial.last_result or {}
-        metrics = {name: value for name, value in result.items() if "/" in name and isinstance(value, int | float)}
+        metrics = {name: value for name, value in result.items() if "/" in name}  # ours, not Tune's
         record = Record(
             trial=trial.trial_id,
             run_dir=run_dir.name,
@@ -86,7 +87,7 @@ class RecordTrials(Callback):  # type: ignore[misc]
             outcome=outcome,
             reason=reason,
             iteration=int(result.get(ITERATION, 0)),
-            metrics={name: float(value) for name, value in metrics.items() if math.isfinite(value)},
+            metrics={} if outcome == "failed" else {name: float(value) for name, value in metrics.items()},
         )
         write_atomically(self._directory / f"trial-{trial.trial_id}.json", json.dumps(asdict(record), indent=2) + "\n")
         end_mlflow_run(run_dir, outcome, reason)
@@ -107,8 +108,7 @@ def end_mlflow_run(run_dir: Path, outcome: Outcome, reason: str) -> None:
             return
         if run.info.status == "RUNNING":
             files = RunFiles(run_dir)
-            status: Status = "FAILED" if outcome == "failed" else "FINISHED"
-            MlflowMirror(config, run_dir, files.rows(), files.pictures()).close(status, None)
+            MlflowMirror(config, run_dir, files.rows(), files.pictures()).close(STATUS[outcome], None)
         client.set_tag(run.info.run_id, "outcome", outcome)
         if reason:
             client.set_tag(run.info.run_id, "failure", reason)
