@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from pipeline.saving import SaveError
 from pipeline.schedules import linear_ramp
 from pipeline.tracking import Tracker
 from pipeline.trainer import Trainer
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.unlabelled import UnlabelledJudge
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +154,7 @@ class Checkpoints:
         run_dir: checkpoints go to ``checkpoints/`` in it.
         tracker: of the main process; None on other processes, which measure and wait.
         pseudo_truth: of each rank, for all of them measure; None where shards carry no alpha.
+        judge: of each rank, measures without labels; None: not wanted.
         best_miou: of the best checkpoint so far.
         seconds_before: training time before this process.
         saved_iteration: of the checkpoint that training goes on from.
@@ -166,6 +170,7 @@ class Checkpoints:
         run_dir: Path,
         tracker: Tracker | None,
         pseudo_truth: PseudoTruth | None,
+        judge: "UnlabelledJudge | None" = None,
         *,
         best_miou: float,
         seconds_before: float,
@@ -177,6 +182,7 @@ class Checkpoints:
         self._directory = run_dir / "checkpoints"
         self._tracker = tracker
         self._pseudo_truth = pseudo_truth
+        self._judge = judge
         self._started = time.perf_counter() - seconds_before
         self.best_miou = best_miou
         self.metrics: dict[str, float] = {}
@@ -273,9 +279,12 @@ class Checkpoints:
         prune_checkpoints(self._directory, config.keep_checkpoints)
 
     def _measure(self, trainer: Trainer, num_samples: int) -> dict[str, float]:
+        measured: dict[str, float] = {}
+        if self._judge is not None:
+            measured = self._judge.measure(trainer.ema, trainer.discriminator, fade_in=trainer.fade_in).named()
         truth, config = self._pseudo_truth, trainer.config
         if truth is None:
-            return {}
+            return measured
         generated = generated_mask_metrics(
             trainer.ema,
             truth.segmenter,
@@ -284,7 +293,7 @@ class Checkpoints:
             fade_in=trainer.fade_in,
             threshold=config.evaluation.threshold,
         )
-        measured = generated.named("mask")
+        measured |= generated.named("mask")
         if trainer.discriminator.mask_predictor is not None:
             real = real_mask_prediction_metrics(
                 trainer.discriminator, truth.real, threshold=config.evaluation.threshold

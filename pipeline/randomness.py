@@ -25,6 +25,7 @@ class Stream(IntEnum):
     BACKGROUNDS = 5
     PROJECTION = 6
     DISTILLATION = 7
+    UNLABELLED = 8
 
 
 @dataclass(frozen=True)

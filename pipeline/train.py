@@ -134,11 +134,17 @@ def _train_on(
     if shard_set.has_alpha:
         pseudo_truth = prepare_pseudo_truth(shard_set, config, accelerator.device, progress=main_process)
         logger.info("pseudo ground truth: %s", _figures(pseudo_truth.held_out.named("segmenter")))
+    judge = None
+    if config.evaluation.unlabelled:
+        from pipeline.evaluation.unlabelled import UnlabelledJudge  # imports torch-fidelity
+
+        judge = UnlabelledJudge(shard_set, config.seed, accelerator.device)
     with _tracking(config, trainer, active=main_process) as tracker:
         checkpoints = Checkpoints(
             run_dir,
             tracker,
             pseudo_truth,
+            judge,
             best_miou=state.get("best_miou", 0.0),
             seconds_before=state.get("seconds", 0.0),
             saved_iteration=state.get("iteration", -1),

@@ -1,6 +1,7 @@
 """Pictures of a sweep: parallel coordinates, and the objective over each parameter; drawn by Optuna."""
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from optuna.visualization import matplotlib as optuna_plots
 
 from data_shards.files import whole_file
 from pipeline.sweep.records import Record
-from pipeline.sweep.space import ends, is_logarithmic
+from pipeline.sweep.space import MIOU, UNLABELLED, ends, is_logarithmic
 
 
 def draw_parallel_coordinates(records: Sequence[Record], space: Mapping[str, str], metric: str, path: Path) -> None:
@@ -38,6 +39,25 @@ def draw_slices(records: Sequence[Record], space: Mapping[str, str], metric: str
         axes = optuna_plots.plot_slice(_study(records, space, metric), target_name=metric)
     figure = np.atleast_1d(axes)[0].figure
     figure.set_size_inches(2 + 3 * len(space), 4)
+    _save(figure, path)
+
+
+def draw_scatter(scores: Sequence[float], true: Sequence[float], rho: float, path: Path) -> None:
+    """The score that needs no labels over the mIoU that does, each trial a point.
+
+    Args:
+        scores: without labels.
+        true: mIoU.
+        rho: Spearman's, of the two.
+        path: PNG to write.
+    """
+    figure, axes = plt.subplots(figsize=(5, 5))
+    axes.scatter(true, scores, s=24)
+    axes.set_xlabel(MIOU)
+    axes.set_ylabel(UNLABELLED)
+    axes.set_title(f"{len(scores)} trials, Spearman's rho {rho:.2f}")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
     _save(figure, path)
 
 
@@ -65,13 +85,14 @@ def _distribution(field: str, distribution: str, records: Sequence[Record]) -> B
 def _quiet() -> Iterator[None]:
     """Optuna says of each of its matplotlib functions that it may change."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Attempting to set identical")  # a field of one value
         yield
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
     with whole_file(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
+        figure.savefig(partial, dpi=110, format="png", bbox_inches="tight")
     plt.close(figure)

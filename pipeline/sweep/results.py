@@ -5,13 +5,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from scipy import stats
+
 from data_shards.files import write_atomically
 from pipeline.config import Config
 from pipeline.config_io import save_config
 from pipeline.evaluation.tables import ABSENT, Row, Table, markdown_table
 from pipeline.saving import saving
 from pipeline.sweep.parent import ParentRun
-from pipeline.sweep.pictures import draw_parallel_coordinates, draw_slices
+from pipeline.sweep.pictures import draw_parallel_coordinates, draw_scatter, draw_slices
 from pipeline.sweep.records import Record
 from pipeline.sweep.space import MIOU, UNLABELLED, override
 
@@ -51,11 +53,20 @@ def publish(
     with saving(out / BEST) as temporary:
         save_config(override(tree, best.parameters), temporary)
     files.append(out / BEST)
+    figures = {f"best/{metric.rpartition('/')[2]}": best.metrics[metric]}
     if len(measured) > 1:
         for draw, name in ((draw_parallel_coordinates, "parallel-coordinates.png"), (draw_slices, "slices.png")):
             draw(measured, space, metric, out / name)
             files.append(out / name)
-    parent.add({f"best/{metric.rpartition('/')[2]}": best.metrics[metric]}, files)
+    both = [record for record in measured if {MIOU, UNLABELLED} <= record.metrics.keys()]
+    if len(both) > 2:
+        scores, true = ([record.metrics[name] for record in both] for name in (UNLABELLED, MIOU))
+        rho = float(stats.spearmanr(scores, true).statistic)
+        figures["objective/spearman"] = rho
+        draw_scatter(scores, true, rho, out / "objective.png")
+        files.append(out / "objective.png")
+        print(f"objective  {UNLABELLED} against {MIOU}: Spearman's rho {rho:.2f} over {len(both)} trials")
+    parent.add(figures, files)
     print(f"best       {best.run_dir}, {metric} {best.metrics[metric]:.3f} at iteration {best.iteration}")
     print(f"all        {out / 'trials.md'}" + (", parallel-coordinates.png, slices.png" if len(measured) > 1 else ""))
     print(f"in full    accelerate launch pipeline/train.py --config {shlex.quote(str(out / BEST))}", flush=True)
