@@ -17,7 +17,7 @@ import uvicorn
 from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from data_shards.files import write_atomically
-from pipeline.listening import check_port, listen, url_of
+from pipeline.serving import check_port, listen, url_of
 from pipeline.study.answers import Answers, Study
 from pipeline.study.app import StudyApp
 from pipeline.study.result import summarise, to_table
