@@ -63,10 +63,12 @@ def main() -> None:
             from pipeline.demonstration.page import launch, make_page
 
             page = make_page(run, matting, Path(folder))
-        with contextlib.closing(page):
+        try:
             launch(page, arguments.host, port)
             print(f"open {url}  (Ctrl-C ends)", flush=True)
             threading.Event().wait()
+        finally:
+            page.close(verbose=False)
 
 
 def check_installed() -> None:

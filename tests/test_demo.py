@@ -309,7 +309,7 @@ def test_hostile_upload_gets_a_message_and_the_next_one_a_cutout(
 def test_what_is_said_on_the_page_is_text_and_no_markup() -> None:
     from pipeline.demonstration.page import errors_on_the_page
 
-    with pytest.raises(AppError) as error, errors_on_the_page():
+    with pytest.raises(AppError) as error, errors_on_the_page(None):
         raise UserError("<img src=x>.png & more")
     assert error.value.message == "&lt;img src=x&gt;.png &amp; more"
 
@@ -368,7 +368,7 @@ def test_it_ends_quietly_and_leaves_nothing_of_what_was_sent(by: signal.Signals,
         assert list((tmp_path / "tmp").rglob("photo-cutout.png"))
         os.kill(server.pid, by)
         assert server.wait(30) == 0
-    assert (tmp_path / "err").read_text() == ""
+    assert (tmp_path / "err").read_text() == "" and len((tmp_path / "out").read_text().splitlines()) == 1
     assert not list((tmp_path / "tmp").glob("furrygan-demo-*"))
     assert {file.name for file in tmp_path.iterdir()} == {"run", "tmp", "out", "err", "downloads"}
 

@@ -25,7 +25,7 @@ from pipeline.trained import TrainedRun
 EXTENSIONS = [".jpg", ".jpeg", ".png", ".webp"]
 """What browsers show too."""
 
-# Fonts of the viewer's own machine: Gradio's come from elsewhere.
+# Fonts of the viewer's own machine: those of Gradio's themes may come from elsewhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
     block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
 )
@@ -50,6 +50,8 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 MAX_UPLOAD = "64mb"
+DELETE = (600, 3600)
+"""So often, in seconds, what is older than so many seconds goes, of what was sent and what was made."""
 
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 
@@ -62,7 +64,7 @@ def make_page(run: TrainedRun, matting: Matting | None, folder: Path) -> gr.Bloc
         matting: of photographs; None where the run has no way to alpha.
         folder: for files that the browser gets.
     """
-    with gr.Blocks(title=f"FurryGAN: {_name(run)}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title=f"FurryGAN: {_name(run)}", analytics_enabled=False, delete_cache=DELETE) as page:
         gr.Markdown(
             f"# FurryGAN\n`{_name(run)}`: {run.config.dataset}, {run.config.resolution} px, "
             f"{run.images_seen:,} pictures seen"
@@ -131,7 +133,7 @@ def _generate_part(page: gr.Blocks, run: TrainedRun, folder: Path) -> None:
     def generate(
         seed: int, psi: float, swapped: bool, background_seed: int, fade_in: float, threshold: float, hardness: float
     ) -> list[str]:
-        with errors_on_the_page():
+        with errors_on_the_page(5):
             if seed is None or background_seed is None:
                 raise UserError("a seed is empty: give 0 or more")
             wanted = Choices(seed, psi, background_seed if swapped else None, fade_in, threshold, hardness)
@@ -182,7 +184,7 @@ def _photograph_part(run: TrainedRun, matting: Matting | None, folder: Path) -> 
     def cut(given: str | None) -> list[str] | list[None]:
         if given is None:
             return [None, None, None]
-        with errors_on_the_page():
+        with errors_on_the_page(None):
             alpha, cutout = segment(matting, read_upload(Path(given)))
         return [given, *_save({"alpha": alpha, "cutout": cutout}, folder, given)]
 
@@ -220,9 +222,13 @@ def _name(run: TrainedRun) -> str:
 
 
 @contextmanager
-def errors_on_the_page() -> Iterator[None]:
-    """What is the viewer's mistake is said to them, and not to the terminal. Gradio shows it as HTML."""
+def errors_on_the_page(duration_s: float | None) -> Iterator[None]:
+    """What is the viewer's mistake is said to them, and not to the terminal. Gradio shows it as HTML.
+
+    Args:
+        duration_s: that it stands there; None: until it is closed.
+    """
     try:
         yield
     except UserError as error:
-        raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from None
+        raise gr.Error(html.escape(str(error)), duration=duration_s, print_exception=False) from None
