@@ -39,7 +39,7 @@ CSS = """
 .cutout img { background: repeating-conic-gradient(#cccccc 0 25%, #f2f2f2 0 50%) 0 0 / 24px 24px; }
 @media (max-width: 640px) {
     .samples { grid-template-columns: repeat(2, 1fr); }
-    .samples label svg { display: none; }
+    .samples label span { display: none; }
 }
 """
 
