@@ -7,7 +7,6 @@ python pipeline/user_study.py result --answers study.sqlite
 
 import contextlib
 import json
-import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import uvicorn
 from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from data_shards.files import write_atomically
+from pipeline.serving import check_port, listen, url_of
 from pipeline.study.answers import Answers, Study
 from pipeline.study.app import StudyApp
 from pipeline.study.result import summarise, to_table
@@ -61,8 +61,7 @@ class Serve:
             raise UserError(f"--num-pairs {self.num_pairs} is impossible: give 1 or more")
         if self.repeats < 0:
             raise UserError(f"--repeats {self.repeats} is impossible: give 0 or more")
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"--port {self.port} is impossible: give 0 to 65535")
+        check_port(self.port)
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,8 @@ def main() -> None:
 def serve(command: Serve) -> None:
     """Answer browsers until interrupted."""
     app = make_app(command)
-    with contextlib.closing(_listen(command.host, command.port)) as listening:
-        host, port = listening.getsockname()[:2]
-        print(
-            f"open http://{f'[{host}]' if ':' in host else host}:{port}/  (Ctrl-C ends; answers are kept)", flush=True
-        )
+    with contextlib.closing(listen(command.host, command.port)) as listening:
+        print(f"open {url_of(listening)}  (Ctrl-C ends; answers are kept)", flush=True)
         server = uvicorn.Server(uvicorn.Config(app.asgi(), log_level="warning", lifespan="off"))
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
@@ -141,16 +137,6 @@ def _named(option: str, value: str) -> tuple[str, Path]:
     if not name or not folder:
         raise UserError(f"{option} {value} names no method: give NAME=FOLDER, such as ours=masks/ours")
     return name, Path(folder)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port} cannot be listened on ({error.strerror}); choose others"
-        ) from None
 
 
 if __name__ == "__main__":

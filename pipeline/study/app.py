@@ -16,8 +16,8 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipeline.serving import AddHeaders
 from pipeline.study.answers import Answers
 from pipeline.study.plan import SIDES, Side, Trial, trials
 from pipeline.study.stimuli import VIEWS, Pair, View
@@ -59,7 +59,7 @@ class StudyApp:
                 Route("/p/{participant}/{trial:int}/{side}", self.answer, methods=["POST"]),
                 Route("/p/{participant}/{trial:int}", self.undo, methods=["DELETE"]),
             ],
-            middleware=[Middleware(_Headers)],
+            middleware=[Middleware(AddHeaders, HEADERS)],
         )
 
     def enter(self, request: Request) -> Response:
@@ -114,21 +114,6 @@ class StudyApp:
             "own_photos": self._own_photos,
         }
         return JSONResponse(state, status, headers={"Cache-Control": "no-store"})
-
-
-class _Headers:
-    """Adds `HEADERS` to every response."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] += [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
 
 
 def _participant(request: Request) -> str:
