@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from helpers import PIPES, TINY, environment, rows, shard_cache, train_in_process, wait_until
+from helpers import BATCH, PIPES, TINY, environment, rows, shard_cache, train_in_process, wait_until
 from PIL import Image
 
 from pipeline.config_io import merge
@@ -152,7 +152,8 @@ def test_what_was_begun_otherwise_is_not_taken_over(cwd: Path, swept: subprocess
 
 
 def test_a_killed_sweep_resumes_and_repeats_no_finished_trial(cwd: Path) -> None:
-    arguments = (*SMALL, "--num-trials", "3", "--num-parallel", "1", "--scheduler", "none", "--out", "killed")
+    every = ("--log.checkpoint-interval-images", str(2 * BATCH))
+    arguments = (*SMALL, *every, "--num-trials", "3", "--num-parallel", "1", "--scheduler", "none", "--out", "killed")
     trials = cwd / "killed" / "trials"
     with started(cwd, *arguments) as process:
         # In the middle of the second trial, the first one having ended.
@@ -175,7 +176,8 @@ def test_a_killed_sweep_resumes_and_repeats_no_finished_trial(cwd: Path) -> None
 
 
 def test_a_trial_whose_process_dies_goes_on_from_its_checkpoint(cwd: Path) -> None:
-    arguments = (*SMALL, "--num-trials", "1", "--scheduler", "none", "--out", "worker-dies")
+    every = ("--log.checkpoint-interval-images", str(2 * BATCH))
+    arguments = (*SMALL, *every, "--num-trials", "1", "--scheduler", "none", "--out", "worker-dies")
     trials = cwd / "worker-dies" / "trials"
     with started(cwd, *arguments) as process:
         wait_until(lambda: list(trials.glob("*/checkpoints/checkpoint-*.pt")), [process])

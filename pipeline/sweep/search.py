@@ -34,7 +34,7 @@ from pipeline.sweep.trial import ITERATION, Plan, run_trial
 logger = logging.getLogger(__name__)
 
 MEASUREMENTS = 5
-"""Of a trial, at even distances, unless the configuration asks for more."""
+"""Of a trial that may be ended early, at even distances, unless the configuration asks for more."""
 REDUCTION = 3
 """ASHA lets one in so many go on at each measurement that counts."""
 INTERRUPTED = 130
@@ -100,14 +100,14 @@ class Search:
 
     def _trial_tree(self, tree: Config, parent: ParentRun) -> Config:
         """The configuration of all trials, but for what is searched."""
-        every = max(tree.batch, self._steps * tree.batch // MEASUREMENTS)
-        log = replace(
-            tree.log,
-            checkpoint_interval_images=min(tree.log.checkpoint_interval_images, every),
-            grid_interval_images=min(tree.log.grid_interval_images, every),
-            keep_checkpoints=1,
-            tags={**tree.log.tags, **parent.tags_of_children},
-        )
+        log = replace(tree.log, keep_checkpoints=1, tags={**tree.log.tags, **parent.tags_of_children})
+        if self._arguments.scheduler != "none":
+            every = max(tree.batch, self._steps * tree.batch // MEASUREMENTS)
+            log = replace(
+                log,
+                checkpoint_interval_images=min(log.checkpoint_interval_images, every),
+                grid_interval_images=min(log.grid_interval_images, every),
+            )
         evaluation = replace(tree.evaluation, unlabelled=True)
         return replace(tree, steps=self._steps, run_dir=None, log=log, evaluation=evaluation)
 
