@@ -127,7 +127,7 @@ class UnlabelledJudge:
             separation=separated / NUM_SAMPLES,
             outline=max(0.0, 1.0 - gradients / pixels / max(on_outline, EPSILON)),
             inside=1.0 - border / NUM_SAMPLES,
-            agreement=None if discriminator.mask_predictor is None else np.nan_to_num(agreeing.metrics().miou),
+            agreement=None if discriminator.mask_predictor is None else float(np.nan_to_num(agreeing.metrics().miou)),
         )
 
     def _statistics_of_real(self, shard_set: ShardSet, device: torch.device) -> FeatureStatistics:
