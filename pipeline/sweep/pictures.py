@@ -1,4 +1,4 @@
-"""Pictures of a sweep: parallel coordinates, and the objective over each parameter; drawn by Optuna."""
+"""Pictures of a sweep: parallel coordinates by Optuna, and the objective over each parameter."""
 
 import contextlib
 import logging
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import optuna
+from matplotlib.ticker import NullFormatter
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.visualization import matplotlib as optuna_plots
 
@@ -35,10 +35,16 @@ def draw_parallel_coordinates(records: Sequence[Record], space: Mapping[str, str
 
 def draw_slices(records: Sequence[Record], space: Mapping[str, str], metric: str, path: Path) -> None:
     """The objective over each parameter; arguments as above."""
-    with _quiet():
-        axes = optuna_plots.plot_slice(_study(records, space, metric), target_name=metric)
-    figure = np.atleast_1d(axes)[0].figure
-    figure.set_size_inches(2 + 3 * len(space), 4)
+    figure, row = plt.subplots(1, len(space), figsize=(1 + 2.6 * len(space), 3.2), sharey=True, squeeze=False)
+    for axes, (field, distribution) in zip(row[0], space.items(), strict=True):
+        axes.scatter([r.parameters[field] for r in records], [r.metrics[metric] for r in records], s=24)
+        if is_logarithmic(distribution):
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())  # they would run into each other
+        axes.set_xlabel(field)
+        axes.grid(alpha=0.3)
+    row[0, 0].set_ylabel(metric)
+    figure.tight_layout()
     _save(figure, path)
 
 
@@ -63,9 +69,10 @@ def draw_scatter(scores: Sequence[float], true: Sequence[float], rho: float, pat
 
 def _study(records: Sequence[Record], space: Mapping[str, str], metric: str) -> optuna.Study:
     study = optuna.create_study(direction="maximize")
-    distributions = {field: _distribution(field, space[field], records) for field in space}
+    names = {field: field.rpartition(".")[2] for field in space}  # Optuna cuts long ones off
+    distributions = {names[field]: _distribution(field, space[field], records) for field in space}
     for record in records:
-        params = {field: record.parameters[field] for field in space}
+        params = {name: record.parameters[field] for field, name in names.items()}
         study.add_trial(
             optuna.trial.create_trial(params=params, distributions=distributions, value=record.metrics[metric])
         )

@@ -35,6 +35,7 @@ class Record:
         reason: why it failed; empty otherwise.
         iteration: of its last measurement.
         metrics: of its last measurement.
+        node: address of the machine that it was measured on; empty if it never was.
     """
 
     trial: str
@@ -44,6 +45,7 @@ class Record:
     reason: str
     iteration: int
     metrics: dict[str, float]
+    node: str
 
 
 def read_records(directory: Path) -> list[Record]:
@@ -88,6 +90,7 @@ class RecordTrials(Callback):  # type: ignore[misc]
             reason=reason,
             iteration=int(result.get(ITERATION, 0)),
             metrics={} if outcome == "failed" else {name: float(value) for name, value in metrics.items()},
+            node=result.get("node_ip", ""),
         )
         write_atomically(self._directory / f"trial-{trial.trial_id}.json", json.dumps(asdict(record), indent=2) + "\n")
         end_mlflow_run(run_dir, outcome, reason)

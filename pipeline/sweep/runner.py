@@ -51,7 +51,7 @@ class Resources:
 
     def of_driver(self) -> dict[str, float]:
         """What the process takes that Tune starts: the trial itself, or what waits for its group of workers."""
-        return {"CPU": self.cpus, "GPU": self.gpus} if self.num_workers == 1 else {"CPU": 0}
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.num_workers == 1 else {"CPU": 0, "memory": 2**28}
 
 
 @contextmanager

@@ -148,7 +148,6 @@ class Search:
                 time_attr=ITERATION,
                 perturbation_interval=every,
                 hyperparam_mutations=mutations,
-                seed=self._arguments.tree.seed,
             )
         return None
 
