@@ -64,9 +64,9 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     Raises:
         UserError: there is no such cluster.
     """
-    options: dict[str, Any] = {"address": address} if address else {"num_cpus": num_cores(), "include_dashboard": False}
+    own = {"num_cpus": num_cores(), "include_dashboard": False} if address is None else {}
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--address {address}: no Ray cluster answers ({reason}); start one, or leave it out") from None
