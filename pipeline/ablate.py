@@ -5,6 +5,7 @@ python pipeline/ablate.py --dataset ffhq --data shards/ffhq --seeds 0 --num-para
 python pipeline/ablate.py --steps 500 --variants full no-dual-fake-input
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -221,7 +222,7 @@ def _run(trials: Sequence[Trial], out: Path, num_parallel: int, num_threads: int
     with tempfile.TemporaryDirectory() as state, ray_cluster(None):  # the run directories are the state
         Study(
             directory=Path(state),
-            trainable=partial(run_trial, trials={trial.run_dir.name: trial for trial in trials}),
+            trainable=partial(run_trial, trials={trial.run_dir.name: trial for trial in trials}, cwd=Path.cwd()),
             space={TRIAL: grid([trial.run_dir.name for trial in trials])},
             num_samples=1,
             metric=None,
@@ -231,12 +232,19 @@ def _run(trials: Sequence[Trial], out: Path, num_parallel: int, num_threads: int
         ).run()
 
 
-def run_trial(parameters: Mapping[str, str], trials: Mapping[str, Trial]) -> None:
-    """Do what is left of a trial; Ray Tune calls it."""
+def run_trial(parameters: Mapping[str, str], trials: Mapping[str, Trial], cwd: Path) -> None:
+    """Do what is left of a trial; Ray Tune calls it, in a directory of its own.
+
+    Args:
+        parameters: name the trial.
+        trials: by name.
+        cwd: that paths are relative to.
+    """
     from ray import tune
 
     trial = trials[parameters[TRIAL]]
-    with logged(trial.log):
+    # A user's mistake is in the log, and would be there again if Tune started the trial once more.
+    with contextlib.chdir(cwd), contextlib.suppress(UserError), logged(trial.log):
         accelerator = make_accelerator(trial.config.collective_timeout_s)
         if not trial.is_trained():
             train(trial.config, accelerator, Interrupt(), lambda iteration, _: tune.report({ITERATION: iteration}))

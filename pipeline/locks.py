@@ -21,7 +21,7 @@ def locked(directory: Path, what: str) -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / "lock").open("w")
+        file = (directory / f"{what}.lock").open("w")
     except OSError as error:
         raise UserError(f"{directory} cannot be made ({error.strerror}): choose another --out") from None
     with file:
