@@ -23,6 +23,7 @@ pytestmark = pytest.mark.netns
 
 PORT = 6379
 RAY = Path(sysconfig.get_path("scripts")) / "ray"
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
 
 
 @contextlib.contextmanager
@@ -34,7 +35,9 @@ def ray_cluster(nodes: tuple[str, str]) -> Iterator[str]:
     for node, address, options in zip(nodes, ADDRESSES, (head, worker), strict=True):
         call = ["ip", "netns", "exec", node, str(RAY), "start", *options, f"--node-ip-address={address}"]
         with (temporary.parent / f"{temporary.name}.log").open("a") as log:  # a pipe would stay open with the daemons
-            started = subprocess.run([*call, "--num-cpus=1"], env=environment(), stdout=log, stderr=log, timeout=120)
+            started = subprocess.run(
+                [*call, "--num-cpus=1"], env=environment() | TOKEN, stdout=log, stderr=log, timeout=120
+            )
         assert started.returncode == 0, Path(log.name).read_text()
     try:
         yield f"{ADDRESSES[0]}:{PORT}"  # the daemons end with their namespaces
@@ -49,7 +52,7 @@ def test_trials_run_on_both_machines_of_a_cluster(tmp_path_factory: pytest.TempP
     with two_nodes() as nodes, ray_cluster(nodes) as address:
         arguments = (*SMALL, "--num-trials", "4", "--address", address, "--out", "sweep", "--scheduler", "none")
         call = ["ip", "netns", "exec", nodes[0], sys.executable, str(RAY_TUNE), *arguments]
-        done = subprocess.run(call, cwd=tmp_path, env=environment(), **PIPES, timeout=500)
+        done = subprocess.run(call, cwd=tmp_path, env=environment() | TOKEN, **PIPES, timeout=500)
         assert done.returncode == 0, done.stdout + done.stderr
     records = read_records(tmp_path / "sweep" / "trials")
     assert [record.outcome for record in records] == ["finished"] * 4, [record.reason for record in records]
