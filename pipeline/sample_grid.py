@@ -17,6 +17,8 @@ PSIS = (1.0, 0.7)
 """Truncations, one panel each."""
 
 MARGIN = 4
+GAP = 32
+"""Between panels beside each other."""
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 ROWS = ("foreground", "coarse mask", "fine mask adds", "final mask", "cut-out", "background", "composite")
 
@@ -115,10 +117,11 @@ def stack(panels: Sequence[Image.Image]) -> Image.Image:
 
 
 def beside(panels: Sequence[Image.Image]) -> Image.Image:
-    """Panels one beside the other."""
-    grid = Image.new("RGB", (sum(panel.width for panel in panels), max(panel.height for panel in panels)), PAPER)
+    """Panels one beside the other, apart enough that a label is not taken for that of the panel before."""
+    width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
+    grid = Image.new("RGB", (width, max(panel.height for panel in panels)), PAPER)
     x = 0
     for panel in panels:
         grid.paste(panel, (x, 0))
-        x += panel.width
+        x += panel.width + GAP
     return grid

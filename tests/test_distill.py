@@ -97,6 +97,13 @@ def test_guidance_counts_where_the_mask_predictor_is_sure(run: TrainedRun) -> No
     assert real.loss(agreeing, batch).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_sharpening_halves_the_temperature_and_moves_neither_the_sure_nor_the_undecided() -> None:
+    alphas = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+    expected = torch.sigmoid(torch.logit(alphas.double()) / 0.5).float()
+    torch.testing.assert_close(fit.sharpen(alphas), expected)
+    assert fit.sharpen(alphas)[[0, 3, 6]].tolist() == [0, 0.5, 1]
+
+
 def test_real_pictures_come_with_what_network_and_mask_predictor_say_of_them(run: TrainedRun) -> None:
     """Moved as the picture is: on a picture that is its own alpha, all three stay together."""
     images = torch.full((4, 3, 32, 32), -1.0)

@@ -9,7 +9,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.generator import FurryGenerator, GeneratorOutput
-from pipeline.sample_grid import CELL, MARGIN, PAPER, PSIS, ROWS, checkerboard, draw_grid, draw_panel, sample_column
+from pipeline.sample_grid import (
+    CELL,
+    GAP,
+    MARGIN,
+    PAPER,
+    PSIS,
+    ROWS,
+    beside,
+    checkerboard,
+    draw_grid,
+    draw_panel,
+    sample_column,
+)
 
 COLUMNS = 3
 PITCH = CELL + MARGIN
@@ -94,6 +106,18 @@ def test_larger_pictures_are_not_reduced() -> None:
     rows = [np.zeros((2, 128, 128, 3), dtype=np.uint8)] * len(ROWS)
     panel = draw_panel(rows, ROWS, title="psi = 1")
     assert panel.height > len(ROWS) * 128 and panel.width > 2 * 128
+
+
+def test_panels_beside_each_other_have_paper_between_them_and_none_around() -> None:
+    sizes = [(40, 30), (20, 50), (10, 30)]
+    picture = np.asarray(beside([Image.new("RGB", size, (0, 0, 99)) for size in sizes]))
+    assert GAP > MARGIN
+    expected = np.full((50, 40 + GAP + 20 + GAP + 10, 3), PAPER)
+    x = 0
+    for width, height in sizes:
+        expected[:height, x : x + width] = (0, 0, 99)
+        x += width + GAP
+    assert np.array_equal(picture, expected)
 
 
 def test_ground_of_the_grid_is_paper(grid: Image.Image) -> None:

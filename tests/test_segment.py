@@ -35,6 +35,7 @@ def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with mock.patch.object(ShardSet, "alpha_bytes", side_effect=AssertionError("a label was read")):
         outcome = distilling(cwd, "--run", "run", "--batch", "8")
     assert outcome.code == 0, outcome.err
+    (cwd / "distill.err").write_text(outcome.err)
     (cwd / "photos").mkdir()
     for i, (name, size) in enumerate(SIZES.items()):
         write_photo(cwd / "photos" / f"{name}.png", *size, seed=i)
@@ -69,6 +70,11 @@ def test_distill_writes_a_network_an_onnx_file_and_a_card(cwd: Path) -> None:
     network = load_network(cwd / "run" / "distilled" / "network.pt", torch.device("cpu"))
     assert f"{sum(parameter.numel() for parameter in network.parameters()):,} parameters" in card
     assert "no label was\nused" in card and "| steps | 2 |" in card and re.search(r"IoU\n0\.\d{3} \(foreground\)", card)
+
+
+def test_distill_says_nothing_on_the_way_but_how_far_it_is(cwd: Path) -> None:
+    said = (cwd / "distill.err").read_text()
+    assert "2/2" in said and all(line.startswith("distilling:") for line in said.splitlines() if line), said
 
 
 def test_onnx_equals_torch_at_every_size_and_batch(cwd: Path) -> None:

@@ -37,7 +37,8 @@ def export_onnx(network: MattingNetwork, path: Path) -> float:
     height, width = Dim("height_in_strides", min=1), Dim("width_in_strides", min=1)
     shapes = {"images": {0: Dim("batch", min=1), 2: stride * height, 3: stride * width}}
     # The exporter speaks of its passes and of its own deprecations.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnx_ir", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
