@@ -196,7 +196,7 @@ def test_infeasible_resources_end_at_once_with_one_line(cwd: Path) -> None:
         outcome = run_sweep(cwd, *SMALL, option, "400", "--out", "infeasible")
         assert outcome.returncode == 2 and words in outcome.stderr, outcome.stderr
         assert len([line for line in outcome.stderr.splitlines() if line.startswith("error:")]) == 1
-        assert "Traceback" not in outcome.stderr and not (cwd / "infeasible" / "trials").exists()
+        assert "Traceback" not in outcome.stderr and not (cwd / "infeasible").exists()
 
 
 def test_two_workers_train_a_trial_together(cwd: Path) -> None:

@@ -16,7 +16,6 @@ from pipeline.cli import parse_arguments
 from pipeline.config import Config
 from pipeline.config_io import load_config
 from pipeline.interrupt import Interrupt
-from pipeline.locks import locked
 from pipeline.run_directory import write_config
 from pipeline.saving import saving
 from pipeline.sweep.space import PBT_MUTATIONS, make_space
@@ -90,7 +89,7 @@ def main() -> None:
     if arguments.resume is not None:
         arguments = _saved(arguments)
     out = arguments.resume or arguments.out or _new_directory(arguments.tree)
-    with Interrupt(), locked(out, "sweep"):
+    with Interrupt():
         sweep(arguments, out)
 
 

@@ -25,6 +25,7 @@ class ParentRun:
 
     Attributes:
         tags_of_children: that the runs of the trials need.
+        status: that the run ends with.
 
     Args:
         config: names the store and the experiment.
@@ -38,6 +39,7 @@ class ParentRun:
     def __init__(self, config: Config, directory: Path, params: Mapping[str, str]) -> None:
         self._client: Any = None
         self.tags_of_children: dict[str, str] = {}
+        self.status: Status = "KILLED"
         uri, name = config.log.tracking_uri, directory.resolve().name
         if uri == "none":
             return
@@ -68,7 +70,7 @@ class ParentRun:
         for file in files:
             self._client.log_artifact(self._id, str(file))
 
-    def close(self, status: Status) -> None:
+    def close(self) -> None:
         """End the run."""
         if self._client is not None:
-            self._client.set_terminated(self._id, status=status)
+            self._client.set_terminated(self._id, status=self.status)

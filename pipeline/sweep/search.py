@@ -21,6 +21,7 @@ from pipeline.config import Config
 from pipeline.config_io import config_to_dict
 from pipeline.data import open_shards
 from pipeline.evaluation import prepare_pseudo_truth
+from pipeline.locks import locked
 from pipeline.mlflow_mirror import absolute_uri
 from pipeline.repeatable import this_device
 from pipeline.sweep.command import Arguments, save_arguments
@@ -70,16 +71,17 @@ class Search:
             num_parallel = min(num_at_a_time(resources), arguments.num_parallel or sys.maxsize)
             tree, has_alpha = _prepared(arguments.tree)
             metric = self._metric(has_alpha)
-            save_arguments(arguments, self._out)
-            parent = ParentRun(arguments.tree, self._out, self._space)
-            self._study(self._trial_tree(tree, parent), metric, resources, num_parallel).run()
-        records = read_records(self._trials)
-        publish(records, self._space, metric, arguments.tree, self._out, parent)
-        if len(records) < arguments.num_trials:
+            with locked(self._out, "sweep"):
+                save_arguments(arguments, self._out)
+                with contextlib.closing(ParentRun(arguments.tree, self._out, self._space)) as parent:
+                    self._study(self._trial_tree(tree, parent), metric, resources, num_parallel).run()
+                    records = read_records(self._trials)
+                    publish(records, self._space, metric, arguments.tree, self._out, parent)
+                    is_whole = len(records) == arguments.num_trials
+                    parent.status = "FINISHED" if is_whole else "KILLED"
+        if not is_whole:
             logger.info("%d of %d trials ended: go on with --resume %s", len(records), arguments.num_trials, self._out)
-            parent.close("KILLED")
             raise SystemExit(INTERRUPTED)
-        parent.close("FINISHED")
 
     def _resources(self) -> Resources:
         """Of a trial."""
