@@ -92,3 +92,17 @@ def test_mistake_in_the_space_is_named_before_anything_is_made(searched: str, tm
 def test_nothing_left_to_search_is_a_mistake() -> None:
     with pytest.raises(UserError, match="nothing is left"):
         make_space(preset("ffhq"), [f"{field}=none" for field in DEFAULT])
+
+
+def test_optuna_suggests_within_the_space() -> None:
+    from ray.tune.search.optuna import OptunaSearch
+
+    space = make_space(preset("ffhq"), ["loss.r1_interval=choice(8, 16)"])
+    searcher = OptunaSearch(space=to_ray(space), metric="mask/miou", mode="max", seed=0)
+    for number in range(5):
+        suggested = searcher.suggest(f"trial-{number}")
+        assert suggested is not None and set(suggested) == set(space)
+        override(preset("ffhq"), suggested)
+        for field, value in suggested.items():
+            assert min(ends(field, space[field])) <= value <= max(ends(field, space[field]))
+        searcher.on_trial_complete(f"trial-{number}", {"mask/miou": 0.1 * number, "training_iteration": 1})
