@@ -161,6 +161,12 @@ def test_best_configuration_trains_in_full(cwd: Path, swept: subprocess.Complete
     assert "trained 6 iterations" in outcome.out
 
 
+def test_first_trial_has_the_values_of_the_preset(cwd: Path, swept: subprocess.CompletedProcess[str]) -> None:
+    preset = {"loss.phi1": 0.38, "loss.binarization_start": 5.0, "loss.binarization_end": 0.5, "loss.phi2": 0.01}
+    first = read_records(cwd / "swept" / "trials")[0]
+    assert {field: first.parameters[field] for field in preset} == preset
+
+
 def test_what_was_begun_otherwise_is_not_taken_over(cwd: Path, swept: subprocess.CompletedProcess[str]) -> None:
     again = sweep_in_process(cwd, *SMALL, "--out", "swept")
     assert again.code == 2 and "holds a sweep already" in again.errors[0]

@@ -9,7 +9,7 @@ from pipeline.cli import parse_arguments
 from pipeline.config import PRESETS, Config
 from pipeline.config_io import config_from_dict, config_to_dict, flatten
 from pipeline.sweep.command import Arguments, sweep
-from pipeline.sweep.space import SEARCHED, ends, make_space, override, to_ray
+from pipeline.sweep.space import SEARCHED, ends, make_space, override, start_of, to_ray
 
 DEFAULT = ("loss.phi1", "loss.binarization_start", "loss.binarization_end", "loss.binarization_iterations", "loss.phi2")
 
@@ -55,6 +55,19 @@ def test_draws_stay_within_the_ends_and_are_possible_configurations() -> None:
     assert seen["loss.r1_interval"] == {8, 16} and seen["loss.fade_in_iterations"] == {1, 2, 3}
     ratio = max(seen["loss.phi2"]) / min(seen["loss.phi2"])  # evenly over two decades
     assert ratio > 20
+
+
+def test_a_sweep_begins_with_the_configuration_as_it_is_where_its_space_holds_that() -> None:
+    tree = preset("ffhq")
+    searched = ["loss.phi1=uniform(0.5, 0.6)", "loss.r1_interval=choice(16, 32)", "loss.consistency_interval=choice(4)"]
+    start = start_of(make_space(tree, searched), tree)
+    assert start == {
+        "loss.binarization_start": 5.0,
+        "loss.binarization_end": 0.5,
+        "loss.binarization_iterations": 5000,
+        "loss.phi2": 0.01,
+        "loss.r1_interval": 16,
+    }
 
 
 def test_override_changes_the_named_fields_alone() -> None:

@@ -19,7 +19,6 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
-from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from data_shards.errors import UserError
 from data_shards.parallel import num_cores
@@ -159,8 +158,7 @@ class Study:
         table: shows how it goes.
         callbacks: told of the trials.
         scheduler: ends trials early, or moves them; None: all go to their end.
-        searcher: chooses parameters by what came before; None: at random.
-        seed: of parameters drawn at random.
+        searcher: chooses parameters; None for a space that leaves nothing to choose.
     """
 
     directory: Path
@@ -174,7 +172,6 @@ class Study:
     callbacks: Sequence[tune.Callback] = ()
     scheduler: TrialScheduler | None = None
     searcher: Searcher | None = None
-    seed: int = 0
 
     def run(self) -> None:
         """Run what has not been run; after Ctrl-C, trials are left that have not."""
@@ -196,7 +193,7 @@ class Study:
                 num_samples=self.num_samples,
                 max_concurrent_trials=self.num_parallel,
                 scheduler=self.scheduler,
-                search_alg=self.searcher or BasicVariantGenerator(random_state=self.seed),
+                search_alg=self.searcher,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(

@@ -12,6 +12,7 @@ import ray
 from accelerate import Accelerator
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from data_shards.errors import UserError
@@ -29,14 +30,16 @@ from pipeline.sweep.parent import ParentRun
 from pipeline.sweep.records import RecordTrials, read_records
 from pipeline.sweep.results import publish
 from pipeline.sweep.runner import Resources, Study, Table, num_at_a_time, ray_cluster
-from pipeline.sweep.space import MIOU, PBT_MUTATIONS, UNLABELLED, to_ray, trial_steps
+from pipeline.sweep.space import MIOU, PBT_MUTATIONS, UNLABELLED, start_of, to_ray, trial_steps
 from pipeline.sweep.trial import ITERATION, Plan, run_trial
 
 logger = logging.getLogger(__name__)
 
 MEASUREMENTS = 5
 """Of a trial that may be ended early, at even distances, unless the configuration asks for more."""
-REDUCTION = 3
+GRACE = 2
+"""Of these measurements pass before ASHA ends a trial: before that, masks say little about those of the end."""
+REDUCTION = 2
 """ASHA lets one in so many go on at each measurement that counts."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -137,13 +140,13 @@ class Search:
             callbacks=[RecordTrials(plan.directory, self._steps)],
             scheduler=self._scheduler(),
             searcher=self._searcher(metric),
-            seed=tree.seed,
         )
 
     def _scheduler(self) -> TrialScheduler | None:
         every = max(1, self._steps // MEASUREMENTS)
         if self._arguments.scheduler == "asha":
-            return ASHAScheduler(time_attr=ITERATION, max_t=self._steps, grace_period=every, reduction_factor=REDUCTION)
+            grace = min(GRACE * every, self._steps)
+            return ASHAScheduler(time_attr=ITERATION, max_t=self._steps, grace_period=grace, reduction_factor=REDUCTION)
         if self._arguments.scheduler == "pbt":
             mutations = {field: domain for field, domain in to_ray(self._space).items() if field in PBT_MUTATIONS}
             return PopulationBasedTraining(
@@ -153,10 +156,12 @@ class Search:
             )
         return None
 
-    def _searcher(self, metric: str) -> Searcher | None:
+    def _searcher(self, metric: str) -> Searcher:
+        """Begins with the configuration as it is, so that a sweep does not end below where it began."""
+        first, seed = [start_of(self._space, self._arguments.tree)], self._arguments.tree.seed
         if self._arguments.searcher == "random":
-            return None
-        return OptunaSearch(metric=metric, mode="max", seed=self._arguments.tree.seed)
+            return BasicVariantGenerator(points_to_evaluate=first, random_state=seed)
+        return OptunaSearch(metric=metric, mode="max", points_to_evaluate=first, seed=seed)
 
 
 def _prepared(tree: Config) -> tuple[Config, bool]:

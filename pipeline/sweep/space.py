@@ -100,6 +100,17 @@ def ends(field: str, distribution: str) -> list[Any]:
     return [low, high - 1] if name.endswith("randint") else [low, high]
 
 
+def start_of(space: Mapping[str, str], tree: Config) -> dict[str, Any]:
+    """Values of the configuration as it is, of the fields whose distributions hold them."""
+    now, start = flatten(config_to_dict(tree)), {}
+    for field, distribution in space.items():
+        values = ends(field, distribution)
+        is_held = now[field] in values if distribution.startswith("choice") else values[0] <= now[field] <= values[1]
+        if is_held:
+            start[field] = now[field]
+    return start
+
+
 def to_ray(space: Mapping[str, str]) -> dict[str, Any]:
     """The space as Ray Tune takes it."""
     from ray import tune
