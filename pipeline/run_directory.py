@@ -81,7 +81,7 @@ def is_finished(config: Config, run_dir: Path) -> bool:
     if iterations > config.steps:
         raise UserError(
             f"{run_dir} is trained to iteration {iterations}, beyond --steps {config.steps}: "
-            "choose another directory, or as many --steps"
+            "choose another --out, or as many --steps"
         )
     return bool(iterations == config.steps)
 

@@ -204,7 +204,11 @@ def test_every_field_can_be_set_from_the_command_line() -> None:
     chosen = {"dataset": "cub", "loader": "webdataset", "precision": "bf16"}
     chosen |= {"resolution": "64", "model.z_dim_background": "64", "backend": "deepspeed", "log.on_save_error": "stop"}
     besides = {"zero_stage": ["--backend", "deepspeed"]}
+    tagged = parse_config("", ["--data", "x", "--log.tags", "who", "me", "why", "to see"])
+    assert tagged.log.tags == {"who": "me", "why": "to see"}
     for name, _, hint in leaves():
+        if name == "log.tags":  # the one that takes any number of values
+            continue
         flag, old = "--" + name.replace("_", "-"), get(before, name)
         if hint is bool:
             section, _, leaf = flag.removeprefix("--").rpartition(".")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import PIPES, TINY, environment, shard_cache
-from test_sweep import RAY_TUNE, SMALL
+from sweeping import RAY_TUNE, SMALL
 from test_two_nodes import ADDRESSES, two_nodes
 from test_two_nodes import _needs_root as _needs_root  # a fixture of all tests here
 

@@ -145,8 +145,8 @@ class Search:
     def _scheduler(self) -> TrialScheduler | None:
         every = max(1, self._steps // MEASUREMENTS)
         if self._arguments.scheduler == "asha":
-            grace = min(GRACE * every, self._steps)
-            return ASHAScheduler(time_attr=ITERATION, max_t=self._steps, grace_period=grace, reduction_factor=REDUCTION)
+            grace, beyond = min(GRACE * every, self._steps), self._steps + 1  # a trial that gets there ends by itself
+            return ASHAScheduler(time_attr=ITERATION, max_t=beyond, grace_period=grace, reduction_factor=REDUCTION)
         if self._arguments.scheduler == "pbt":
             mutations = {field: domain for field, domain in to_ray(self._space).items() if field in PBT_MUTATIONS}
             return PopulationBasedTraining(
