@@ -23,8 +23,6 @@ from ray.tune.search import Searcher
 from data_shards.errors import UserError
 from data_shards.parallel import num_cores
 
-logger = logging.getLogger(__name__)
-
 MAX_FAILURES = 2
 """Times that a trial is started again after its process died."""
 
