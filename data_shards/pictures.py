@@ -167,6 +167,9 @@ def _decode(file: Path | IO[bytes]) -> Image.Image:
         raise BrokenPictureError("it is no picture that Pillow knows") from None
     except FileNotFoundError:
         raise BrokenPictureError("there is no such file") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise BrokenPictureError(f"it has more than {limit:.3g} million pixels, too many to unpack") from None
     except Exception as error:  # decoders raise whatever foreign bytes lead them to
         raise BrokenPictureError(one_line(error)) from None
 

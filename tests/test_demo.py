@@ -292,7 +292,7 @@ def test_a_photo_comes_back_as_segment_writes_it(cwd: Path, client: Client) -> N
         ("text.png", "text.png cannot be used: it is no picture"),
         ("truncated.png", "truncated.png cannot be used: image file is truncated"),
         ("empty.png", "empty.png cannot be used: it is no picture"),
-        ("enormous.png", "enormous.png cannot be used: Image size (400000000 pixels) exceeds limit"),
+        ("enormous.png", "enormous.png cannot be used: it has more than 89.5 million pixels"),
         ("large.png", "large.png is of 6,000 x 5,000 px"),
         ("notes.txt", "Invalid file type"),
     ],

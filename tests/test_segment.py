@@ -118,7 +118,7 @@ def test_what_is_there_is_not_overwritten(cwd: Path) -> None:
         ("text", "no picture"),
         ("truncated", "truncated"),
         ("empty", "no picture"),
-        ("enormous", "400000000 pixels"),
+        ("enormous", "more than 89.5 million pixels"),
     ],
 )
 @pytest.mark.parametrize("command", ["segment", "project"])
