@@ -161,7 +161,8 @@ class Learner:
             if phase.stream is not None:
                 given = draw(self._config.seed, phase.stream, iteration, part.reshape(-1), **sizes, device=self._device)
             if self._scribbled is not None:  # one a column of the global batch, in turn
-                scribbled = self._scribbled.taken(iteration * num_columns + part[0], flip=self._config.flip)
+                numbers = iteration * num_columns + part[0]
+                scribbled = self._scribbled.taken(numbers, seed=self._config.seed, mirror=self._config.flip)
             pictures = images.unflatten(0, (GROUP_SIZE, num, -1))[:, k].flatten(0, 1)
             steps.append(Step(self.networks, self._config.loss, iteration, pictures, given, scribbled=scribbled))
         if phase.survey is None or num == 1:

@@ -53,18 +53,18 @@ def scribble(mask_pred: Tensor, strokes: Tensor) -> Tensor:
     """L_scribble, trains D_m on real pictures with strokes; the paper's conclusion proposes such, without a formula.
 
     Squared error of the prediction, bilinearly enlarged, at the pixels of the strokes. Foreground and background weigh
-    the same in each picture, however long their strokes are, and each picture the same.
+    the same in each picture, however long their strokes are, and each picture the same; one without strokes is 0.
 
     Args:
         mask_pred: ``D_m [n, 1, 16, 16]``.
-        strokes: ``[n, 2, R, R]``, 1 where a stroke says foreground (first channel) or background (second), else 0;
-            each picture has at least one stroke.
+        strokes: ``[n, 2, R, R]``, 1 where a stroke says foreground (first channel) or background (second), else 0.
     """
     enlarged = F.interpolate(mask_pred, size=strokes.shape[-1], mode="bilinear", align_corners=False)
     error = torch.cat([1.0 - enlarged, enlarged], dim=1).square()
     num_pixels = strokes.sum(dim=(2, 3))
-    means = (error * strokes).sum(dim=(2, 3)) / num_pixels.clamp(min=1.0)
-    return (means.sum(dim=1) / (num_pixels > 0).sum(dim=1)).mean()
+    drawn = num_pixels >= 1.0  # less is the rim of a stroke that was moved out of the picture
+    means = (error * strokes).sum(dim=(2, 3)) / num_pixels.clamp(min=1.0) * drawn
+    return (means.sum(dim=1) / drawn.sum(dim=1).clamp(min=1)).mean()
 
 
 def mask_following(mask: Tensor, mask_pred_foreground: Tensor) -> Tensor:

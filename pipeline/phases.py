@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.discriminator import Discriminator, DiscriminatorOutput
 from models.generator import FurryGenerator, GeneratorOutput
 from pipeline import losses
+from pipeline.augmentation import augment_geometry, rotate_hue
 from pipeline.config import LossConfig
 from pipeline.distributed import global_mean
 from pipeline.randomness import Draw, Stream
@@ -37,20 +39,32 @@ class Scribbled:
 
     Attributes:
         images: ``[n, 3, R, R]`` in [-1, 1].
-        strokes: ``[n, 2, R, R]``, 1 where a stroke says foreground (first channel) or background (second), else 0.
+        strokes: ``[n, 2, R, R]``, 1 where a stroke says foreground (first channel) or background (second), else 0; in
+            between at the rim of one that was moved.
     """
 
     images: Tensor
     strokes: Tensor
 
-    def taken(self, numbers: Iterable[int], *, flip: bool) -> "Scribbled":
-        """Pictures in turn, by running numbers from 0; with `flip`, mirrored each second time round."""
+    def taken(self, numbers: Iterable[int], *, seed: int, mirror: bool) -> "Scribbled":
+        """Pictures in turn, by running numbers from 0, each moved and tinted anew.
+
+        As they are, a few that come over and over would be known by heart, and say nothing of all the others.
+
+        Args:
+            numbers: which; a function of them and the seed alone.
+            seed: of the run.
+            mirror: half of them, as the training images are.
+        """
         rows = []
         for number in map(int, numbers):
-            times_round, chosen = divmod(number, len(self.images))
-            row = self.images[chosen], self.strokes[chosen]
-            rows.append([x.flip(-1) for x in row] if flip and times_round % 2 else row)
-        return Scribbled(*(torch.stack(x) for x in zip(*rows, strict=True)))
+            chosen = number % len(self.images)
+            both = torch.cat([self.images[chosen], self.strokes[chosen]])[None]
+            (state,) = np.random.SeedSequence([seed, int(Stream.SCRIBBLES), number]).generate_state(1, np.uint64)
+            rng = torch.Generator().manual_seed(int(state >> np.uint64(1)))  # torch takes 63 bits
+            moved = augment_geometry(both, rng, mirror=mirror)
+            rows.append((rotate_hue(moved[:, :3], rng), moved[:, 3:]))
+        return Scribbled(*(torch.cat(x) for x in zip(*rows, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     PROJECTION = 6
     DISTILLATION = 7
     UNLABELLED = 8
+    SCRIBBLES = 9
 
 
 @dataclass(frozen=True)

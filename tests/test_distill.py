@@ -16,8 +16,8 @@ from torch import Tensor
 from data_shards.errors import UserError
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
+from pipeline.augmentation import augment_colours, augment_geometry, gaussian_blur, jpeg
 from pipeline.distillation import fit
-from pipeline.distillation.augmentation import augment_colours, augment_geometry, gaussian_blur, jpeg
 from pipeline.distillation.fit import FitOptions, distill, fit_network, generated_pairs, laplacian_loss
 from pipeline.distillation.network import MattingNetwork, load_network, save_network
 from pipeline.losses import downsample_mask

@@ -206,14 +206,47 @@ def test_g_main_follows_the_prediction_when_consistency_is_due_and_there_are_scr
 # Choice
 
 
-def test_pictures_take_turns_and_are_mirrored_each_second_time_round() -> None:
+def test_pictures_take_turns_each_time_moved_and_tinted_anew() -> None:
     given = scribbled(3)
-    taken = given.taken(range(2, 8), flip=True)
-    for row, (chosen, mirrored) in enumerate([(2, False), (0, True), (1, True), (2, True), (0, False), (1, False)]):
-        for of_taken, of_given in ((taken.images, given.images), (taken.strokes, given.strokes)):
-            expected = of_given[chosen].flip(-1) if mirrored else of_given[chosen]
-            assert torch.equal(of_taken[row], expected)
-    assert torch.equal(given.taken(range(3, 6), flip=False).images, given.images)
+    taken = given.taken(range(2, 8), seed=1, mirror=True)
+    assert torch.equal(given.taken([4], seed=1, mirror=True).images, taken.images[2:3])  # a function of the number
+    assert not torch.equal(taken.images[0], taken.images[3])  # the same picture, another time
+    assert not torch.equal(given.taken([2], seed=2, mirror=True).images, taken.images[:1])
+    assert not torch.equal(taken.strokes, given.strokes[[2, 0, 1, 2, 0, 1]])
+
+
+def test_strokes_move_with_their_picture() -> None:
+    strokes = torch.zeros(1, 2, 64, 64)
+    strokes[0, 0, 20:30, 10:50] = 1
+    strokes[0, 1, 40:50, 10:30] = 1
+    images = (strokes[:, :1] - strokes[:, 1:]).expand(-1, 3, -1, -1)  # white on green, black on red, else grey
+    taken = Scribbled(images, strokes).taken(range(8), seed=0, mirror=True)
+    # Grey, which white, black and grey are, has no hue to turn.
+    torch.testing.assert_close(taken.images[:, 0], taken.strokes[:, 0] - taken.strokes[:, 1], atol=1e-5, rtol=0)
+    assert taken.strokes.sum(dim=(2, 3)).std(dim=0).min() > 1
+
+
+def test_text_is_not_mirrored_where_the_training_images_are_not() -> None:
+    strokes = torch.zeros(1, 2, 64, 64)
+    strokes[0, 0, 20:40, 24:30] = 1  # left of the other
+    strokes[0, 1, 20:40, 36:42] = 1
+
+    def are_left(mirror: bool) -> list[bool]:
+        taken = Scribbled(strokes[:, :1].expand(-1, 3, -1, -1), strokes).taken(range(20), seed=0, mirror=mirror)
+        columns = torch.arange(64.0)
+        centres = (taken.strokes.sum(dim=2) * columns).sum(dim=2) / taken.strokes.sum(dim=(2, 3))
+        return (centres[:, 0] < centres[:, 1]).tolist()
+
+    assert all(are_left(mirror=False))
+    assert 3 < sum(are_left(mirror=True)) < 17
+
+
+def test_stroke_that_was_moved_out_of_the_picture_says_nothing() -> None:
+    pred = torch.full((2, 1, 16, 16), 0.5)
+    strokes = torch.zeros(2, 2, 32, 32)
+    strokes[0, 0, 0, :10] = 1
+    strokes[0, 1, 0, 0] = 1e-3
+    assert losses.scribble(pred, strokes).item() == pytest.approx(0.25 / 2)
 
 
 def test_micro_batches_train_as_the_whole_batch_does_with_scribbles() -> None:

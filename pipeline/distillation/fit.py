@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from data_shards.errors import UserError
 from data_shards.progress import progress_bar
 from models.masks import composite
-from pipeline.distillation.augmentation import augment_colours, augment_geometry
+from pipeline.augmentation import augment_colours, augment_geometry
 from pipeline.distillation.network import MattingNetwork
 from pipeline.losses import downsample_mask
 from pipeline.randomness import Stream, draw

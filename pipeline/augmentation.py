@@ -25,15 +25,15 @@ SHARE = 0.5
 """Of the pictures that get each of blur, noise and JPEG."""
 
 
-def augment_geometry(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Rotate, zoom, shift and mirror each of ``[b, C, R, R]``; what is beyond the border is mirrored in."""
+def augment_geometry(x: Tensor, rng: torch.Generator, *, mirror: bool = True) -> Tensor:
+    """Rotate, zoom, shift and, if wanted, mirror half of ``[b, C, R, R]``; what is beyond the border is mirrored in."""
     b = len(x)
     angle = _uniform(b, -MAX_ROTATION, MAX_ROTATION, rng)
     zoom = torch.exp(_uniform(b, -math.log(MAX_ZOOM), math.log(MAX_ZOOM), rng))
-    mirror = torch.where(torch.rand(b, generator=rng) < 0.5, -1.0, 1.0)
+    side = torch.where(torch.rand(b, generator=rng) < 0.5, -1.0, 1.0) if mirror else torch.ones(b)
     shift = [_uniform(b, -2 * MAX_SHIFT, 2 * MAX_SHIFT, rng) for _ in range(2)]  # the side is 2 long
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    rows = [torch.stack([cos * mirror, -sin, shift[0]], dim=1), torch.stack([sin * mirror, cos, shift[1]], dim=1)]
+    rows = [torch.stack([cos * side, -sin, shift[0]], dim=1), torch.stack([sin * side, cos, shift[1]], dim=1)]
     grid = F.affine_grid(torch.stack(rows, dim=1), list(x.shape), align_corners=False).to(x.device)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
@@ -58,6 +58,14 @@ def augment_colours(images: Tensor, rng: torch.Generator) -> Tensor:
     noise = torch.randn(x.shape, generator=rng) * strength * _some(b, rng)
     x = (x + noise.to(device)).clamp(-1, 1)
     return jpeg(x, torch.randint(MIN_JPEG_QUALITY, MAX_JPEG_QUALITY + 1, (b,), generator=rng), _some(b, rng).flatten())
+
+
+def rotate_hue(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Turn the colours of each of ``[b, 3, R, R]`` about the grey axis by any angle; what is grey stays as it is."""
+    angle = _uniform(len(images), -math.pi, math.pi, rng).view(-1, 1, 1)
+    across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    turn = torch.eye(3) + angle.sin() * across + (1 - angle.cos()) * (across @ across)  # Rodrigues' formula
+    return torch.einsum("bij,bjhw->bihw", turn.to(images.device), images).clamp(-1, 1)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
