@@ -26,7 +26,7 @@ NUM_TRIED = 300
 SHORTEST = 0.12
 """A stroke that cannot be so long is not drawn, in units of the picture's side."""
 
-THIN = 1 / 64
+THIN = 1 / 16
 """Width of a stroke, in units of the picture's side."""
 
 MARGIN = 1 / 64

@@ -93,7 +93,7 @@ class LossConfig(_Section):
     """Weight of L_bgp (Eq. 10); not rescaled by its interval. 0: not computed (ablation of Table 1)."""
     participation_interval: Count = 2
     """Iterations between uses of L_bgp."""
-    scribble: Weight = 1.0
+    scribble: Weight = 10.0
     """Weight of the terms that --scribbles adds: L_scribble of the mask predictor and L_follow of the masks."""
     fade_in_iterations: CountOrZero = 5000
     """Iterations over which the fine mask fades in (gamma of Eq. 3)."""
