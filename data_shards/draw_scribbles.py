@@ -1,4 +1,4 @@
-"""Draws scribbles on furballs with shadows, from what is known of them, as a person would: few strokes, and thin.
+"""Draws scribbles on furballs with shadows, from what is known of them, as a person would: few strokes.
 
     python data_shards/draw_scribbles.py --out scribbles --resolution 32
 
@@ -26,11 +26,8 @@ NUM_TRIED = 300
 SHORTEST = 0.12
 """A stroke that cannot be so long is not drawn, in units of the picture's side."""
 
-THIN = 1 / 16
-"""Width of a stroke, in units of the picture's side."""
-
-MARGIN = 1 / 64
-"""A person keeps away from an edge, in units of the picture's side."""
+WIDTH = 1 / 16
+"""Of a stroke, in units of the picture's side."""
 
 MIN_COVERAGE = 230
 """Of a pixel by what the stroke says of it, of 255."""
@@ -98,8 +95,8 @@ def draw_scribbles(arguments: Arguments) -> list[str]:
 
 def _stroke(region: NDArray[np.uint8], seed: int) -> Stroke | None:
     """The longest of many straight strokes that stay inside a region ``[R, R]``; None if there is no room."""
-    margin = round(MARGIN * len(region))
-    inside = minimum_filter(region, size=2 * margin + 1) > MIN_COVERAGE
+    # All of a stroke has to lie inside, not its middle line alone.
+    inside = minimum_filter(region, size=_width(len(region)) // 2 * 2 - 1) > MIN_COVERAGE
     places = np.argwhere(inside)
     if not len(places):
         return None
@@ -115,12 +112,16 @@ def _stroke(region: NDArray[np.uint8], seed: int) -> Stroke | None:
     return (left, top), (right, bottom)
 
 
+def _width(resolution: int) -> int:
+    return round(WIDTH * resolution)
+
+
 def _painted(strokes: list[Stroke | None], resolution: int) -> Image.Image:
     painted = Image.new("RGB", (resolution, resolution))
     pen = ImageDraw.Draw(painted)
     for stroke, colour in zip(strokes, (FOREGROUND, BACKGROUND, BACKGROUND), strict=True):
         if stroke is not None:
-            pen.line(stroke, fill=colour, width=max(1, round(THIN * resolution)))
+            pen.line(stroke, fill=colour, width=_width(resolution))
     return painted
 
 
