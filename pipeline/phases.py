@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from pipeline import losses
 from pipeline.augmentation import augment_geometry, rotate_hue
 from pipeline.config import LossConfig
 from pipeline.distributed import global_mean
-from pipeline.randomness import Draw, Stream
+from pipeline.randomness import Draw, Stream, generator_for
 from pipeline.schedules import is_due, linear_ramp
 
 
@@ -60,8 +59,7 @@ class Scribbled:
         for number in map(int, numbers):
             chosen = number % len(self.images)
             both = torch.cat([self.images[chosen], self.strokes[chosen]])[None]
-            (state,) = np.random.SeedSequence([seed, int(Stream.SCRIBBLES), number]).generate_state(1, np.uint64)
-            rng = torch.Generator().manual_seed(int(state >> np.uint64(1)))  # torch takes 63 bits
+            rng = generator_for(seed, Stream.SCRIBBLES, number)
             moved = augment_geometry(both, rng, mirror=mirror)
             rows.append((rotate_hue(moved[:, :3], rng), moved[:, 3:]))
         return Scribbled(*(torch.cat(x) for x in zip(*rows, strict=True)))

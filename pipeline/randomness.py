@@ -57,7 +57,17 @@ def draw(
     generator = torch.Generator(device)
     rows = torch.empty(len(slots), z_dim + num_noise, device=device)
     for row, slot in zip(rows, slots, strict=True):
-        generator.manual_seed(int(states[slot] >> np.uint64(1)))  # torch takes 63 bits
+        generator.manual_seed(_seed_of(states[slot]))
         row.normal_(generator=generator)
     z, noise = rows.split([z_dim, num_noise], dim=1)
     return Draw(z, noise)
+
+
+def generator_for(seed: int, stream: Stream, number: int) -> torch.Generator:
+    """A generator on the CPU of its own for one of a stream's numbered things."""
+    (state,) = np.random.SeedSequence([seed, int(stream), number]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(_seed_of(state))
+
+
+def _seed_of(state: np.uint64) -> int:
+    return int(state >> np.uint64(1))  # torch takes 63 bits

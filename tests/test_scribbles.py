@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_shards.errors import UserError
 from pipeline import losses
+from pipeline.augmentation import rotate_hue
 from pipeline.config import LossConfig
 from pipeline.learner import Learner
 from pipeline.phases import Networks, Scribbled, d_main, g_main
@@ -226,7 +227,16 @@ def test_strokes_move_with_their_picture() -> None:
     assert taken.strokes.sum(dim=(2, 3)).std(dim=0).min() > 1
 
 
-def test_text_is_not_mirrored_where_the_training_images_are_not() -> None:
+def test_turned_hues_keep_the_mean_and_the_distance_from_grey() -> None:
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(3)) * 0.8 - 0.4  # no colour is cut off
+    turned = rotate_hue(images, torch.Generator().manual_seed(4))
+    grey, turned_grey = images.mean(dim=1, keepdim=True), turned.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(turned_grey, grey)
+    torch.testing.assert_close((turned - turned_grey).norm(dim=1), (images - grey).norm(dim=1))
+    assert (turned - images).abs().amax(dim=(1, 2, 3)).min() > 0.01
+
+
+def test_scribbled_pictures_are_mirrored_only_where_the_training_images_are() -> None:
     strokes = torch.zeros(1, 2, 64, 64)
     strokes[0, 0, 20:40, 24:30] = 1  # left of the other
     strokes[0, 1, 20:40, 36:42] = 1
