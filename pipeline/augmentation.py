@@ -9,7 +9,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from PIL import Image
 from torch import Tensor
 
 MAX_ROTATION = math.radians(15)
@@ -82,6 +81,8 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 def jpeg(images: Tensor, qualities: Tensor, chosen: Tensor) -> Tensor:
     """Save and read the chosen ones of ``[b, 3, H, W]`` in [-1, 1] as JPEG, each of its own quality."""
+    from PIL import Image  # here: training imports with torch alone
+
     out = images.clone()
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     for i in chosen.nonzero().flatten().tolist():
