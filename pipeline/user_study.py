@@ -30,7 +30,8 @@ DESCRIPTION = "Ask people which of two methods' masks is more precise (the paper
 class Serve:
     """Show pairs in a browser and store the answers. Stopped, the same command goes on where each participant stood.
 
-    Masks, or cut-outs with transparency, belong to the picture of the same name, whatever the extension.
+    Masks, or cut-outs with transparency, belong to the picture of the same name, whatever the extension. Folders that
+    segment.py wrote serve as they are.
     """
 
     images: Path

@@ -109,6 +109,16 @@ def test_each_method_may_have_pictures_of_its_own(folders: Path) -> None:
             assert is_white == is_empty(c, "p", number, side)
 
 
+def test_folders_that_segment_wrote_serve_as_they_are(folders: Path) -> None:
+    for name in NAMES:
+        (folders / "full" / f"{name}.png").rename(folders / "full" / f"{name}-alpha.png")
+        Image.new("RGBA", (12, 8), (9, 9, 9, 0)).save(folders / "full" / f"{name}-cutout.png")
+    c = client()
+    for number in range(len(NAMES)):
+        sides = {side: shown(c, f"/p/p/{number}/{side}/mask.png").getextrema() for side in ("left", "right")}
+        assert sorted(sides.values()) == [(0, 0), (255, 255)]
+
+
 # Blinding
 
 

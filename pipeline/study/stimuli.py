@@ -25,7 +25,7 @@ class Method:
 
     Attributes:
         name: in the answers and the result; participants never see it.
-        masks: folder of grey masks, or of cut-outs, whose transparency is the mask.
+        masks: folder of grey masks, or of cut-outs, whose transparency is the mask; or one that segment.py filled.
         images: folder of the pictures that they belong to, by the same names.
     """
 
@@ -106,7 +106,7 @@ def find_pairs(methods: tuple[Method, Method], num_pairs: int | None, seed: int)
         UserError: a folder is missing or empty, has two files of a name, or they have no name in common, or fewer than
             `num_pairs`; or a file is unusable.
     """
-    folders = [(_by_stem(method.images), _by_stem(method.masks)) for method in methods]
+    folders = [(_by_stem(method.images), _masks_by_stem(method.masks)) for method in methods]
     common = sorted(set.intersection(*(set(names) for pair in folders for names in pair)))
     if not common:
         listed = ", ".join(dict.fromkeys(str(folder) for method in methods for folder in (method.images, method.masks)))
@@ -142,6 +142,13 @@ def _by_stem(folder: Path) -> dict[str, Path]:
             raise UserError(f"{folder} has both {names[stem].name} and {Path(name).name}; keep one of them")
         names[stem] = folder / name
     return names
+
+
+def _masks_by_stem(folder: Path) -> dict[str, Path]:
+    """As `_by_stem`; where segment.py wrote NAME-alpha.png beside NAME-cutout.png, the former is the mask of NAME."""
+    names = _by_stem(folder)
+    alphas = {stem.removesuffix("-alpha"): path for stem, path in names.items() if stem.endswith("-alpha")}
+    return alphas or names
 
 
 def _has_transparency(path: Path) -> bool:
