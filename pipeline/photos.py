@@ -115,7 +115,9 @@ def matte(network: Callable[[Tensor], Tensor], image: Tensor, *, resolution: int
 
 
 def guided_upsample(alpha: Tensor, seen: Tensor, image: Tensor) -> Tensor:
-    """An alpha brought to a larger size: locally, alpha is a linear function of the picture's luminance.
+    """An alpha brought to a larger size: locally, alpha is a linear function of the picture's three colours.
+
+    Of all three, as on a textured ground luminance alone would carry the texture into alpha.
 
     Args:
         alpha: ``[1, 1, h, w]``.
@@ -125,18 +127,23 @@ def guided_upsample(alpha: Tensor, seen: Tensor, image: Tensor) -> Tensor:
     Returns:
         ``[1, 1, H, W]`` in [0, 1].
     """
-    guide = seen.mean(dim=1, keepdim=True)
 
     def mean(x: Tensor) -> Tensor:
         side = 2 * GUIDE_RADIUS + 1
         return F.avg_pool2d(F.pad(x, [GUIDE_RADIUS] * 4, mode="replicate"), side, stride=1)
 
-    mean_guide, mean_alpha = mean(guide), mean(alpha)
-    covariance = mean(guide * alpha) - mean_guide * mean_alpha
-    slope = covariance / (mean(guide * guide) - mean_guide * mean_guide + GUIDE_EPSILON)
-    coefficients = mean(torch.cat([slope, mean_alpha - slope * mean_guide], dim=1))
-    slope, offset = F.interpolate(coefficients, size=image.shape[-2:], mode="bilinear").split(1, dim=1)
-    enlarged: Tensor = (slope * image.mean(dim=1, keepdim=True) + offset).clamp(0, 1)
+    def outer(x: Tensor, y: Tensor) -> Tensor:
+        return (x[:, :, None] * y[:, None]).flatten(1, 2)
+
+    mean_seen, mean_alpha = mean(seen), mean(alpha)
+    covariance = mean(outer(seen, alpha)) - outer(mean_seen, mean_alpha)
+    variance = (mean(outer(seen, seen)) - outer(mean_seen, mean_seen)).movedim(1, -1).unflatten(-1, (3, 3))
+    regular = variance + GUIDE_EPSILON * torch.eye(3, device=seen.device)
+    slopes = torch.linalg.solve(regular, covariance.movedim(1, -1)).movedim(-1, 1)
+    offset = mean_alpha - (slopes * mean_seen).sum(dim=1, keepdim=True)
+    coefficients = F.interpolate(mean(torch.cat([slopes, offset], dim=1)), size=image.shape[-2:], mode="bilinear")
+    slopes, offset = coefficients.split([3, 1], dim=1)
+    enlarged: Tensor = ((slopes * image).sum(dim=1, keepdim=True) + offset).clamp(0, 1)
     return enlarged
 
 

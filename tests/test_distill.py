@@ -22,7 +22,7 @@ from pipeline.distillation.fit import FitOptions, distill, fit_network, generate
 from pipeline.distillation.network import MattingNetwork, load_network, save_network
 from pipeline.losses import downsample_mask
 from pipeline.mask_metrics import MaskCounter
-from pipeline.photos import foreground_colours, guided_upsample, matte
+from pipeline.photos import GUIDE_EPSILON, foreground_colours, guided_upsample, matte
 from pipeline.trained import TrainedRun
 
 CPU = torch.device("cpu")
@@ -225,17 +225,51 @@ def test_a_matte_has_the_size_of_its_photo_and_the_network_sees_it_at_its_own(si
     assert height % 8 == width % 8 == 0 and min(height, width) == 32
 
 
+def reduced(x: Tensor) -> Tensor:
+    return torch.nn.functional.interpolate(x, size=32, mode="bilinear", antialias=True)
+
+
 def test_an_alpha_is_enlarged_along_the_edges_of_the_photo() -> None:
     true = torch.zeros(1, 1, 256, 256)
     true[..., 100:] = 1.0  # not where the small alpha has a border between its pixels
     image = (true * 1.4 - 0.7).expand(-1, 3, -1, -1)
-
-    def reduced(x: Tensor) -> Tensor:
-        return torch.nn.functional.interpolate(x, size=32, mode="bilinear", antialias=True)
-
     bilinear = torch.nn.functional.interpolate(reduced(true), size=256, mode="bilinear")
     guided = guided_upsample(reduced(true), reduced(image), image)
     assert (guided - true).abs().mean() < 0.25 * (bilinear - true).abs().mean()
+
+
+def test_a_texture_of_the_ground_does_not_show_in_the_alpha_of_an_object_of_another_colour() -> None:
+    rng = torch.Generator().manual_seed(0)
+    true = torch.zeros(1, 1, 256, 256)
+    true[..., 60:196, 60:196] = 1.0
+    grey = torch.rand(1, 1, 256, 256, generator=rng).expand(-1, 3, -1, -1)
+    orange = torch.tensor([0.9, 0.5, 0.1]).view(1, 3, 1, 1)
+    image = 2 * (true * orange + (1 - true) * grey) - 1
+    bilinear = torch.nn.functional.interpolate(reduced(true), size=256, mode="bilinear")
+    guided = guided_upsample(reduced(true), reduced(image), image)
+    assert (guided - true).abs().mean() < 0.5 * (bilinear - true).abs().mean()
+
+
+@pytest.mark.parametrize("at", [(3, 5), (0, 0), (10, 15)])
+def test_enlarging_fits_alpha_to_the_colours_by_ridge_regression_in_each_window(at: tuple[int, int]) -> None:
+    rng = torch.Generator().manual_seed(1)
+    seen, alpha = torch.rand(1, 3, 11, 16, generator=rng), torch.rand(1, 1, 11, 16, generator=rng)
+    # At the same size nothing is interpolated: a pixel's value is the mean of its window's fits at its own colours.
+    found = guided_upsample(alpha, seen, seen)[0, 0, *at]
+
+    def window(y: int, x: int) -> list[tuple[int, int]]:
+        return [(min(max(y + i, 0), 10), min(max(x + j, 0), 15)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+
+    values = []
+    for centre in window(*at):
+        x = np.stack([seen[0, :, *p].double().numpy() for p in window(*centre)])
+        y = np.array([alpha[0, 0, *p].item() for p in window(*centre)])
+        penalty = np.sqrt(len(x) * GUIDE_EPSILON) * np.eye(3)
+        slope, *_ = np.linalg.lstsq(
+            np.vstack([x - x.mean(0), penalty]), np.concatenate([y - y.mean(), np.zeros(3)]), rcond=None
+        )
+        values.append(y.mean() + slope @ (seen[0, :, *at].double().numpy() - x.mean(0)))
+    assert found.item() == pytest.approx(min(max(np.mean(values), 0), 1), abs=1e-3)
 
 
 def test_colours_of_the_foreground_are_recovered_from_the_mix_with_the_background() -> None:
