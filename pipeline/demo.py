@@ -58,7 +58,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="furrygan-demo-") as folder, contextlib.suppress(KeyboardInterrupt):
         with contextlib.closing(listen(arguments.host, arguments.port)) as listening:
             port, url = listening.getsockname()[1], url_of(listening)
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the folder would stay
+            # SIGINT too: a shell that starts us in the background has it ignored. Unheard, either leaves the folder.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler)
             os.environ |= ENVIRONMENT | {"GRADIO_TEMP_DIR": folder}
             from pipeline.demonstration.page import launch, make_page
 
