@@ -1,5 +1,6 @@
 """What the tests share: small networks whose every parameter matters, and repeatable numbers."""
 
+import os
 from typing import TypeVar
 
 import pytest
@@ -9,6 +10,10 @@ from torch import Tensor, nn
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from models.widths import Widths
+
+# Containers often set this. The tests start hundreds of processes, and each would compile torch and all else anew: half
+# of the suite's time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 RESOLUTION = 32
 # 24 channels up to 16 px and 16 at 32 px: widths change between layers, the background's are 6 and 4.
