@@ -119,6 +119,13 @@ def test_folders_that_segment_wrote_serve_as_they_are(folders: Path) -> None:
         assert sorted(sides.values()) == [(0, 0), (255, 255)]
 
 
+def test_one_mask_whose_own_name_ends_in_alpha_hides_no_other(folders: Path) -> None:
+    for folder in ("photos", "full", "empty"):
+        (file,) = (folders / folder).glob(f"{NAMES[0]}.*")
+        file.rename(file.with_stem("wolf-alpha"))
+    assert client(repeats=0).get("/p/p/state").json()["num_trials"] == len(NAMES)
+
+
 # Blinding
 
 

@@ -145,10 +145,10 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _masks_by_stem(folder: Path) -> dict[str, Path]:
-    """As `_by_stem`; where segment.py wrote NAME-alpha.png beside NAME-cutout.png, the former is the mask of NAME."""
+    """As `_by_stem`, and NAME-alpha.png, as segment.py writes it, is the mask of NAME where nothing else is."""
     names = _by_stem(folder)
     alphas = {stem.removesuffix("-alpha"): path for stem, path in names.items() if stem.endswith("-alpha")}
-    return alphas or names
+    return alphas | names
 
 
 def _has_transparency(path: Path) -> bool:
