@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models import ops
+from models import fused, ops
 from models.layers import EqualizedConv2d, EqualizedLinear, call
 from models.widths import Widths
 
@@ -72,7 +72,7 @@ class MaskPredictor(nn.Module):
     """``D_m``: ``[B, C, 16, 16] -> [B, 1, 16, 16]`` in [0, 1].
 
     Residual block of two 1x1 convolutions C -> C -> 32 with a linear 1x1 skip, then as the mask networks: ReLU, mean
-    over the channels, min-max per image.
+    over the channels, min-max per image. Never in half precision.
     """
 
     def __init__(self, in_channels: int, num_channels: int = 32) -> None:
@@ -83,8 +83,10 @@ class MaskPredictor(nn.Module):
         self.skip = EqualizedConv2d(in_channels, num_channels, 1, activate=False, gain=gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        x = self.skip(features).add_(self.conv2(self.conv1(features)))
-        return ops.min_max(torch.relu(x).float().mean(dim=1, keepdim=True))
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(self.skip.weight.dtype)
+            x = self.skip(features).add_(self.conv2(self.conv1(features)))
+            return ops.min_max(torch.relu(x).mean(dim=1, keepdim=True))
 
 
 class Discriminator(nn.Module):
@@ -130,8 +132,14 @@ class Discriminator(nn.Module):
                 prediction alone. Minibatch stddev never mixes two minibatches. All of `images` as one by default.
         """
         judged = [len(images)] if judged is None else judged
-        features = self._features16(images)
-        x = self._run(self.blocks_to_logits, features[: sum(judged)])
+        num_judged = sum(judged)
+        if fused.applies(images):
+            padded, halved = fused.features16(self, images)
+            features = fused.inner(padded)
+            x = fused.features4(self, padded[:num_judged], halved[:num_judged])
+        else:
+            features = self._features16(images)
+            x = self._run(self.blocks_to_logits, features[:num_judged])
         x = self.final_conv(torch.cat([minibatch_stddev(part) for part in x.split(list(judged))]))
         logits = self.final_linear(x.flatten(1))
         mask_pred = None if self.mask_predictor is None else self.mask_predictor(features)
@@ -140,7 +148,9 @@ class Discriminator(nn.Module):
     def predict_mask(self, images: Tensor) -> Tensor:
         """``D_m [n, 1, 16, 16]`` of ``images [n, 3, R, R]``, without the layers below 16x16."""
         assert self.mask_predictor is not None
-        mask_pred: Tensor = self.mask_predictor(self._features16(images))
+        fast = fused.applies(images)
+        features = fused.inner(fused.features16(self, images)[0]) if fast else self._features16(images)
+        mask_pred: Tensor = self.mask_predictor(features)
         return mask_pred
 
     def _features16(self, images: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models import fused
 from models.layers import StyledConv, ToRGB, call
 from models.mapping import MappingNetwork
 from models.masks import MaskNetwork, combine_masks, composite
+from models.ops import min_max
 from models.widths import Widths
 
 
@@ -167,16 +169,14 @@ class FurryGenerator(nn.Module):
         """
         b = len(w_background)
         maps = self.noise_maps(noise)
-        foreground, features = self.synthesis_foreground(w_foreground, maps)
-        w_last = w_foreground[:, -1] if w_foreground.ndim == 3 else w_foreground
-        mask_coarse = self.mask_network_coarse(features, w_last, next(maps))
-        noise_fine = next(maps)
-        if self.mask_network_fine is None:
-            mask_fine = torch.zeros_like(mask_coarse)
+        if fused.applies(noise):
+            foreground, raw_coarse, raw_fine = fused.foreground(self, w_foreground, maps)
+            mask_coarse, mask_fine = min_max(raw_coarse), min_max(raw_fine)
+            background = fused.background(self, w_background, (n[:b] for n in maps))
         else:
-            mask_fine = self.mask_network_fine(features, w_last, noise_fine)
+            foreground, mask_coarse, mask_fine = self._foreground(w_foreground, maps)
+            background, _ = self.synthesis_background(w_background, (n[:b] for n in maps))
         mask = combine_masks(mask_coarse, mask_fine, fade_in)
-        background, _ = self.synthesis_background(w_background, (n[:b] for n in maps))
         return GeneratorOutput(
             foreground=foreground,
             background=background,
@@ -187,6 +187,16 @@ class FurryGenerator(nn.Module):
             w_foreground=w_foreground,
             w_background=w_background,
         )
+
+    def _foreground(self, w: Tensor, noise: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Foreground, coarse and fine mask."""
+        foreground, features = self.synthesis_foreground(w, noise)
+        w_last = w[:, -1] if w.ndim == 3 else w
+        mask_coarse = self.mask_network_coarse(features, w_last, next(noise))
+        noise_fine = next(noise)
+        if self.mask_network_fine is None:
+            return foreground, mask_coarse, torch.zeros_like(mask_coarse)
+        return foreground, mask_coarse, self.mask_network_fine(features, w_last, noise_fine)
 
     def noise_maps(self, noise: Tensor) -> Iterator[Tensor]:
         """The maps ``[B, 1, r, r]`` in ``noise [B, num_noise]``, in the order in which they are used."""

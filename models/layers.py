@@ -131,12 +131,15 @@ class ModulatedConv2d(nn.Module):
         x = ops.upsample_conv2d(x, weight) if self.upsample else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
         if not self.demodulate:
             return x
-        return x * self._demodulation(style, weight)[:, :, None, None].to(x.dtype)
+        return x * self.demodulation(style, weight)[:, :, None, None].to(x.dtype)
 
-    def _demodulation(self, style: Tensor, weight: Tensor) -> Tensor:
-        """``[B, O]``, in float32 whatever the autocast: a sum of squares overflows or cancels in half precision."""
+    def demodulation(self, style: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """Factors ``[B, O]`` of the output of a convolution with ``weight * scale``.
+
+        In float32 whatever the autocast: a sum of squares overflows or cancels in half precision.
+        """
         with torch.autocast(style.device.type, enabled=False):
-            power = weight.float().square().sum(dim=(2, 3))
+            power = weight.float().square().sum(dim=(2, 3)) * scale**2
             return torch.rsqrt(style.float().square() @ power.T + 1e-8) * self.gain
 
 
@@ -165,7 +168,8 @@ class StyledConv(nn.Module):
 class ToRGB(nn.Module):
     """1x1 modulated convolution to RGB without demodulation, then tanh: ``[B, I, H, W] -> [B, 3, H, W]`` in [-1, 1].
 
-    The bound keeps the blend of Eq. 1 honest: without it mask and images could trade scale (paper, section 3.2).
+    Never in half precision. The bound keeps the blend of Eq. 1 honest: without it mask and images could trade scale
+    (paper, section 3.2).
     """
 
     def __init__(self, in_channels: int, w_dim: int) -> None:
@@ -174,7 +178,8 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(3))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        return torch.tanh(self.conv(x, w).float() + self.bias[:, None, None])
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.tanh(self.conv(x.to(self.bias.dtype), w) + self.bias[:, None, None])
 
 
 def call(layer: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:

@@ -12,7 +12,8 @@ NUM_MASK_CHANNELS = 32
 class MaskNetwork(nn.Module):
     """Mask from the penultimate foreground features, ``f [B, C, H, W] -> [B, 1, H, W]`` in [0, 1] (Eq. 2).
 
-    One 1x1 StyledConv to 32 channels, ReLU, mean over the channels, min-max per image.
+    One 1x1 StyledConv to 32 channels, ReLU, mean over the channels, min-max per image; never in half precision, in
+    which the pixels of the minimum and the maximum move.
     """
 
     def __init__(self, in_channels: int, w_dim: int) -> None:
@@ -20,8 +21,9 @@ class MaskNetwork(nn.Module):
         self.conv = StyledConv(in_channels, NUM_MASK_CHANNELS, 1, w_dim)
 
     def forward(self, features: Tensor, w: Tensor, noise: Tensor) -> Tensor:
-        x = torch.relu(self.conv(features, w, noise))
-        return ops.min_max(x.float().mean(dim=1, keepdim=True))
+        with torch.autocast(features.device.type, enabled=False):
+            x = torch.relu(self.conv(features.to(self.conv.bias.dtype), w, noise))
+            return ops.min_max(x.mean(dim=1, keepdim=True))
 
 
 def combine_masks(mask_coarse: Tensor, mask_fine: Tensor, fade_in: float) -> Tensor:

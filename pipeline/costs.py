@@ -55,9 +55,19 @@ class Counter(TorchDispatchMode):
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        if not func.is_view:
-            self.bytes_moved += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
+        self.bytes_moved += _bytes_moved(func, args, kwargs, out)
         return out
+
+
+def _bytes_moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes of the tensors that an operator reads and writes."""
+    if func.is_view or "empty" in func.overloadpacket.__name__:
+        return 0
+    tensors = tree_leaves((args, kwargs, out))
+    if func.overloadpacket is torch.ops.aten.convolution_backward:
+        grad, x, weight, *_, (of_input, of_weight, _) = args
+        tensors = [grad, *tree_leaves(out)] + [weight] * of_input + [x] * of_weight
+    return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:

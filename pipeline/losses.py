@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from models.discriminator import MASK_RESOLUTION
+from models.fused_ops import input_gradients_alone
 
 
 def downsample_mask(mask: Tensor) -> Tensor:
@@ -34,7 +35,8 @@ def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
         logits: ``[B, 1]``, computed from `images`.
         images: leaf that requires a gradient.
     """
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    with input_gradients_alone():
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.float().square().sum(dim=(1, 2, 3)).mean()
 
 

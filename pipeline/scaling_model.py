@@ -90,7 +90,7 @@ class _Operators(Counter):
         flops, bytes_moved = self.flops, self.bytes_moved
         out = super().__torch_dispatch__(func, types, args, kwargs)
         # No view; and no question about a tensor, which fakes are asked and kernels are not.
-        if func.namespace == "aten" and self.bytes_moved > bytes_moved:
+        if func.namespace in ("aten", "furrygan") and self.bytes_moved > bytes_moved:
             self.work.append((self.flops - flops, self.bytes_moved - bytes_moved))
         return out
 
