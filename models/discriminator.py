@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from models import fused, ops
 from models.layers import EqualizedConv2d, EqualizedLinear, call
+from models.ops import minibatch_stddev
 from models.widths import Widths
 
 MASK_RESOLUTION = 16
-STDDEV_GROUP_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -26,28 +26,6 @@ class DiscriminatorOutput:
 
     logits: Tensor
     mask_pred: Tensor | None
-
-
-def minibatch_stddev(x: Tensor, group_size: int = STDDEV_GROUP_SIZE) -> Tensor:
-    """Append the mean standard deviation over groups of samples as one more channel (Karras et al. 2018).
-
-    Group g of a batch of n holds samples g, g + n/4, g + 2n/4, g + 3n/4.
-
-    Args:
-        x: ``[n, C, H, W]``, n at most `group_size` or a multiple of it.
-        group_size: samples a group.
-
-    Returns:
-        ``[n, C + 1, H, W]``.
-    """
-    n, _, height, width = x.shape
-    size = min(group_size, n)
-    if n % size:
-        raise ValueError(f"minibatch stddev needs a batch that is a multiple of {size}, not {n}")
-    groups = x.float().reshape(size, n // size, -1)
-    stddev = (groups.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=1)
-    channel = stddev.repeat(size).view(n, 1, 1, 1).expand(n, 1, height, width)
-    return torch.cat([x, channel.to(x.dtype)], dim=1)
 
 
 class ResidualBlock(nn.Module):
@@ -132,15 +110,14 @@ class Discriminator(nn.Module):
                 prediction alone. Minibatch stddev never mixes two minibatches. All of `images` as one by default.
         """
         judged = [len(images)] if judged is None else judged
-        num_judged = sum(judged)
         if fused.applies(images):
             padded, halved = fused.features16(self, images)
             features = fused.inner(padded)
-            x = fused.features4(self, padded[:num_judged], halved[:num_judged])
+            x = fused.final_features(self, padded[: sum(judged)], halved[: sum(judged)], judged)
         else:
             features = self._features16(images)
-            x = self._run(self.blocks_to_logits, features[:num_judged])
-        x = self.final_conv(torch.cat([minibatch_stddev(part) for part in x.split(list(judged))]))
+            x = self._run(self.blocks_to_logits, features[: sum(judged)])
+            x = self.final_conv(torch.cat([minibatch_stddev(part) for part in x.split(list(judged))]))
         logits = self.final_linear(x.flatten(1))
         mask_pred = None if self.mask_predictor is None else self.mask_predictor(features)
         return DiscriminatorOutput(logits=logits, mask_pred=mask_pred)

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models import fused_ops
 from models.fused_ops import HEAD_ROWS, NUM_HEAD_GROUPS
-from models.ops import ACTIVATION_GAIN
+from models.ops import ACTIVATION_GAIN, leaky_relu_, stddev_channel
 
 if TYPE_CHECKING:
     from models.discriminator import Discriminator, ResidualBlock
@@ -168,16 +168,26 @@ def features16(discriminator: "Discriminator", images: Tensor) -> tuple[Tensor, 
         return out, halved
 
 
-def features4(discriminator: "Discriminator", padded: Tensor, halved: Tensor) -> Tensor:
-    """The 4x4 features ``[n, C, 4, 4]`` float32 of what `features16` gives."""
+def final_features(discriminator: "Discriminator", padded: Tensor, halved: Tensor, judged: Sequence[int]) -> Tensor:
+    """The result of the last convolution, ``[n, C, 4, 4]`` float32, of what `features16` gives; `judged` as there."""
     with torch.autocast(padded.device.type, enabled=False):
-        out, _ = _residual_blocks(discriminator.blocks_to_logits, padded, halved, discriminator.recompute, last=True)
-        return inner(out)
+        blocks, layer = discriminator.blocks_to_logits, discriminator.final_conv
+        out, _ = _residual_blocks(blocks, padded, halved, discriminator.recompute, last=True)
+        out = _float(out)
+        stddev = torch.cat([stddev_channel(part) for part in inner(out).split(list(judged))])
+        x = torch.cat([out, stddev.to(out.dtype).expand(-1, 1, *out.shape[2:])], dim=1)
+        x = fused_ops.conv2d(x.contiguous(memory_format=torch.channels_last), layer.weight * layer.scale)
+        assert layer.bias is not None
+        return leaky_relu_(x + (layer.bias * layer.gain)[:, None, None])
+
+
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def inner(padded: Tensor) -> Tensor:
     """What is inside the reflected border, float32."""
-    return padded[:, :, 1:-1, 1:-1].float() if padded.dtype != torch.float64 else padded[:, :, 1:-1, 1:-1]
+    return _float(padded[:, :, 1:-1, 1:-1])
 
 
 def _residual_blocks(

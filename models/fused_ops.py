@@ -641,6 +641,26 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
     return out
 
 
+# --- random numbers ---
+
+
+@_operator(lambda seeds, num: _float32(seeds, len(seeds), num))
+def _normal(seeds: Tensor, num: int) -> Tensor:
+    rows = [torch.randn(num, generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
+    return torch.stack(rows)
+
+
+def normal(seeds: Tensor, num: int) -> Tensor:
+    """Standard normal numbers ``[B, num]`` float32; a row is a function of its seed, and of the kind of device.
+
+    Args:
+        seeds: ``[B]`` int64, on the device that draws.
+        num: of a row.
+    """
+    out: Tensor = _normal(seeds, num)
+    return out
+
+
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 

@@ -134,7 +134,7 @@ class FurryGenerator(nn.Module):
         self,
         z: Tensor,
         *,
-        fade_in: float = 1.0,
+        fade_in: float | Tensor = 1.0,
         num_composites: int | None = None,
         noise: Tensor | None = None,
         psi: float = 1.0,
@@ -156,7 +156,7 @@ class FurryGenerator(nn.Module):
         return self.synthesize(w_foreground, w_background, noise, fade_in=fade_in)
 
     def synthesize(
-        self, w_foreground: Tensor, w_background: Tensor, noise: Tensor, *, fade_in: float = 1.0
+        self, w_foreground: Tensor, w_background: Tensor, noise: Tensor, *, fade_in: float | Tensor = 1.0
     ) -> GeneratorOutput:
         """Generate from styles, which need not be of one latent.
 

@@ -26,7 +26,7 @@ class MaskNetwork(nn.Module):
             return ops.min_max(x.mean(dim=1, keepdim=True))
 
 
-def combine_masks(mask_coarse: Tensor, mask_fine: Tensor, fade_in: float) -> Tensor:
+def combine_masks(mask_coarse: Tensor, mask_fine: Tensor, fade_in: float | Tensor) -> Tensor:
     """Final alpha ``clip(m_c + gamma m_f, 0, 1)`` (Eq. 3), with ``gamma = fade_in``."""
     return (mask_coarse + fade_in * mask_fine).clamp(0.0, 1.0)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 LEAKY_SLOPE = 0.2
 ACTIVATION_GAIN = math.sqrt(2.0)
+STDDEV_GROUP_SIZE = 4
 
 
 def blur(x: Tensor, *, padding: int, stride: int = 1, gain: float = 1.0) -> Tensor:
@@ -113,6 +114,33 @@ def leaky_relu_(x: Tensor) -> Tensor:
     activations saved.
     """
     return F.leaky_relu(x, LEAKY_SLOPE, inplace=True)
+
+
+def minibatch_stddev(x: Tensor, group_size: int = STDDEV_GROUP_SIZE) -> Tensor:
+    """Append the mean standard deviation over groups of samples as one more channel (Karras et al. 2018).
+
+    Group g of a batch of n holds samples g, g + n/4, g + 2n/4, g + 3n/4.
+
+    Args:
+        x: ``[n, C, H, W]``, n at most `group_size` or a multiple of it.
+        group_size: samples a group.
+
+    Returns:
+        ``[n, C + 1, H, W]``.
+    """
+    channel = stddev_channel(x, group_size).expand(-1, 1, *x.shape[2:])
+    return torch.cat([x, channel.to(x.dtype)], dim=1)
+
+
+def stddev_channel(x: Tensor, group_size: int = STDDEV_GROUP_SIZE) -> Tensor:
+    """What `minibatch_stddev` appends, the same at every pixel: ``[n, 1, 1, 1]``."""
+    n = len(x)
+    size = min(group_size, n)
+    if n % size:
+        raise ValueError(f"minibatch stddev needs a batch that is a multiple of {size}, not {n}")
+    groups = x.float().reshape(size, n // size, -1)
+    stddev = (groups.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=1)
+    return stddev.repeat(size).view(n, 1, 1, 1)
 
 
 def min_max(x: Tensor, eps: float = 1e-10) -> Tensor:

@@ -81,10 +81,6 @@ def measure(variants: Sequence[Variant], device: torch.device, repetitions: int)
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in made}
     dtypes = {v.name: _dtype(v, device) for v in variants}
     matmul: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes.values()}
-    for variant in variants:
-        if variant.config.compile:
-            for _, step in made[variant.name].steps():
-                step()
     for _ in range(repetitions):
         for dtype, rates in matmul.items():
             rates.append(matmul_flop_per_s(device, dtype))
@@ -113,11 +109,10 @@ def _first_iteration(variant: Variant, device: torch.device) -> None:
 def _count(implementation: Ours) -> dict[str, tuple[int, int]]:
     """FLOPs and bytes of a step of each phase, the mean over `steps`; also warms up."""
     counted: dict[str, list[tuple[int, int]]] = {}
-    with torch.compiler.set_stance("force_eager"):
-        for phase, step in implementation.steps():
-            with Counter() as counter:
-                step()
-            counted.setdefault(phase, []).append((counter.flops, counter.bytes_moved))
+    for phase, step in implementation.steps():
+        with Counter() as counter:
+            step()
+        counted.setdefault(phase, []).append((counter.flops, counter.bytes_moved))
     return {
         phase: (round(statistics.mean(f for f, _ in pairs)), round(statistics.mean(b for _, b in pairs)))
         for phase, pairs in counted.items()
@@ -283,8 +278,6 @@ def _variants(config: Config, arguments: argparse.Namespace) -> list[Variant]:
     named = [(f"ours {precision}", replace(config, precision=precision)) for precision in arguments.precision]
     if arguments.recompute:
         named += [(f"{name} recomputing", replace(config, recompute=True)) for name, config in named]
-    if arguments.compile:
-        named += [(f"{name} compiled", replace(config, compile=True)) for name, config in named]
     variants = [Variant(name, config) for name, config in named]
     if arguments.reference:
         variants.append(Variant("plain", config, plain=True))
@@ -300,7 +293,6 @@ def _parse() -> argparse.Namespace:
         "--precision", nargs="+", default=["auto"], choices=("auto", "fp32", "bf16"), help="of our convolutions"
     )
     parser.add_argument("--recompute", action="store_true", help="also time ours with activations computed twice")
-    parser.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, by default")
     parser.add_argument("--repetitions", type=int, default=5, help="times that every step is timed")
     parser.add_argument("--threads", type=int, help="CPU threads; all cores by default")

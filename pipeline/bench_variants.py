@@ -15,7 +15,7 @@ from torch import Tensor
 from data_shards.errors import UserError
 from pipeline.config import Config
 from pipeline.learner import Learner
-from pipeline.phases import Phase, generator_weights
+from pipeline.phases import Phase, generator_weights, schedules
 from pipeline.randomness import draw
 from pipeline.schedules import is_due, linear_ramp
 
@@ -92,7 +92,7 @@ class Plain(Ours):
         optimizer.step()
         return terms
 
-    def _terms(self, phase: Phase, iteration: int, images: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _terms(self, phase: Phase, iteration: int, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         loss, reference = self.config.loss, self._reference
         generator, discriminator = self.learner.generator, self.learner.discriminator
         if phase.stream is None:
@@ -115,7 +115,7 @@ class Plain(Ours):
             with_consistency=iteration >= loss.consistency_start and is_due(iteration, loss.consistency_interval),
             with_participation=is_due(iteration, loss.participation_interval),
         )
-        return terms, generator_weights(loss, iteration)
+        return terms, generator_weights(loss, schedules(loss, iteration)[1])
 
     @torch.no_grad()
     def update_ema(self, images_seen: int) -> None:

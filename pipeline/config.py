@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 from data_shards.errors import UserError
-from models.discriminator import STDDEV_GROUP_SIZE
+from models.ops import STDDEV_GROUP_SIZE
 
 MIN_RESOLUTION, MAX_RESOLUTION = 32, 1024
 
@@ -200,8 +200,8 @@ class Config(_Section):
     """Of convolutions; auto: bf16 on GPUs that have it, else fp32. Statistics, R1, losses and Adam are always fp32."""
     recompute: bool = False
     """Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time."""
-    compile: bool = False
-    """Compile the networks with torch.compile: minutes at the start for faster steps. R1 is never compiled."""
+    cuda_graphs: bool = True
+    """On a GPU, record the phases as CUDA graphs, which the host starts by one call each."""
     num_threads: CountOrZero = 0
     """CPU threads of a process; 0 shares the cores among the processes of this machine."""
     collective_timeout_s: Annotated[int, Bounds(1, 1e6)] = 600

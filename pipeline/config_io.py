@@ -10,6 +10,8 @@ from data_shards.errors import UserError
 from pipeline.config import PRESETS, Config
 
 _ADAPTER = TypeAdapter(Config)
+FORMER_KEYS = ("compile",)
+"""Keys of older runs' files that no longer say anything about the numbers."""
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
@@ -22,6 +24,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     dataset = values.get("dataset", Config.__dataclass_fields__["dataset"].default)
     if not isinstance(dataset, str) or dataset not in PRESETS:
         raise UserError(f"dataset {dataset!r} is unknown: choose one of {', '.join(PRESETS)}")
+    values = {key: value for key, value in values.items() if key not in FORMER_KEYS}
     try:
         return _ADAPTER.validate_python(merge(PRESETS[dataset], values))
     except ValidationError as error:

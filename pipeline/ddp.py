@@ -19,6 +19,8 @@ class DdpEngine(Engine):
         accelerator: of the run.
     """
 
+    recordable = False
+
     def __init__(self, network: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> None:
         module, prepared = accelerator.prepare(network, optimizer)
         super().__init__(network, prepared)

@@ -16,11 +16,14 @@ class Engine:
 
     Attributes:
         module: what a forward pass goes through whose gradients are wanted.
+        recordable: whether a CUDA graph can record what it does.
 
     Args:
         network: whose parameters move.
         optimizer: of all of them.
     """
+
+    recordable = True
 
     def __init__(self, network: nn.Module, optimizer: Optimizer) -> None:
         self.module = network

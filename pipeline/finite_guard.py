@@ -1,7 +1,7 @@
 """Losses that become NaN or infinite: no step is taken with one, and no step waits to find out."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -41,20 +41,32 @@ class FiniteGuard:
         self.tripped = torch.zeros((), device=device)
         self._checks: deque[_Check] = deque()
 
-    def watch(self, phase: str, iteration: int, losses: Mapping[str, Tensor], gradient_norm: Tensor) -> None:
-        """Trip if a value is not finite; then raise, here or in one of the next calls.
+    def check(self, losses: Iterable[Tensor], gradient_norm: Tensor) -> Tensor:
+        """Trip if a value is not finite. Asks the device nothing, so that a CUDA graph can record it.
+
+        Args:
+            losses: scalars of this rank.
+            gradient_norm: of the averaged gradient, the same on all ranks: where one rank's loss broke, all stop.
+
+        Returns:
+            Which of them are finite, the norm last, ``[n + 1]`` bool.
+        """
+        finite = torch.stack([x.detach().float() for x in (*losses, gradient_norm)]).isfinite()
+        torch.maximum(self.tripped, 1.0 - finite.all().float(), out=self.tripped)
+        return finite
+
+    def watch(self, phase: str, iteration: int, losses: Iterable[str], finite: Tensor) -> None:
+        """Raise if a check failed, here or in one of the next calls.
 
         Args:
             phase: for the message.
             iteration: likewise.
-            losses: scalars of this rank by name.
-            gradient_norm: of the averaged gradient, the same on all ranks: where one rank's loss broke, all stop.
+            losses: names of what was checked, without the norm.
+            finite: from `check`.
 
         Raises:
             NonFiniteLossError: this or an earlier check failed.
         """
-        finite = torch.stack([x.detach().float() for x in (*losses.values(), gradient_norm)]).isfinite()
-        torch.maximum(self.tripped, 1.0 - finite.all().float(), out=self.tripped)
         copied = None
         if finite.is_cuda:
             finite = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from data_shards.order import GROUP_SIZE
+from models.fused import has_triton
 from pipeline.architecture import make_discriminator, make_generator
+from pipeline.clock import PhaseClock
 from pipeline.config import Config, Precision
 from pipeline.distributed import global_batch_mean, global_mean
 from pipeline.engine import Engine
 from pipeline.finite_guard import FiniteGuard
-from pipeline.phases import Networks, Phase, Scribbled, Step, training_phases
-from pipeline.randomness import draw
+from pipeline.graphs import Graphs, Inputs
+from pipeline.phases import Networks, Phase, Scribbled, Step, due_terms, schedules, training_phases
+from pipeline.randomness import draw_from, sample_seeds
 from pipeline.schedules import ema_decay
 
 G_LAZY_RATIO = 4 / 5
@@ -28,15 +32,19 @@ G_LAZY_RATIO = 4 / 5
 
 @dataclass(frozen=True)
 class Measured:
-    """What an optimizer step measured, on this rank; detached.
+    """What an optimizer step measured, on this rank; detached. Good until the next step of the same phase.
 
     Attributes:
         terms: loss terms by name, without their weights.
         observed: other scalars worth logging, by metric name.
+        values: all of them in a row, terms first.
+        finite: which weighted terms are finite, and whether the norm of the gradient is.
     """
 
     terms: dict[str, Tensor]
     observed: dict[str, Tensor]
+    values: Tensor
+    finite: Tensor
 
 
 class Learner:
@@ -51,6 +59,7 @@ class Learner:
         engines: what trains them, likewise.
         phases: of an iteration, in order.
         guard: keeps the optimizers from a step with what is not finite.
+        clock: how long the phases take, and what they compute.
 
     Args:
         config: sizes, losses, optimizers and seed.
@@ -77,10 +86,8 @@ class Learner:
         self.guard = FiniteGuard(device)
         for optimizer in self.optimizers.values():
             optimizer.found_inf = self.guard.tripped  # type: ignore[attr-defined]
+        self.clock = PhaseClock(device)
         self._bfloat16 = uses_bfloat16(config.precision, device)
-        if config.compile:
-            self.generator.compile()
-            self.discriminator.compile()
 
     def synchronise(self, make_engine: Callable[[nn.Module, torch.optim.Optimizer], Engine]) -> None:
         """Train by other engines from now on.
@@ -92,6 +99,8 @@ class Learner:
             "generator": make_engine(self.generator, self.optimizers["generator"]),
             "discriminator": make_engine(self.discriminator, self.optimizers["discriminator"]),
         }
+        recordable = all(engine.recordable for engine in self.engines.values())
+        self._graphs = Graphs(self._device) if uses_graphs(self._config, self._device) and recordable else None
         generator, discriminator = (engine.module for engine in self.engines.values())
         self.networks = Networks(self.generator, self.discriminator, generator, discriminator)
 
@@ -111,27 +120,45 @@ class Learner:
             NonFiniteLossError: a loss term is NaN or infinite; nothing was changed since. On a GPU, the next steps
                 may raise for this one.
         """
+        work = functools.partial(self._train, phase, iteration)
+        inputs = self._inputs(phase, iteration, images, np.asarray(slots))
+        with self.clock.timing(phase.name):
+            if self._graphs is None:
+                return work(inputs)
+            # All that is not among the inputs follows from this.
+            key = (phase.name, due_terms(self._config.loss, iteration), images.shape)
+            measured: Measured = self._graphs.run(key, work, inputs)
+        self._watch(phase, iteration, measured)
+        return measured
+
+    def _train(self, phase: Phase, iteration: int, inputs: Inputs) -> Measured:
+        """The step, all on the device."""
         self.generator.requires_grad_(phase.trains == "generator")
         self.discriminator.requires_grad_(phase.trains == "discriminator")
         engine = self.engines[phase.trains]
         engine.zero_grad()
-        steps = self._micro_steps(phase, iteration, images, np.asarray(slots))
+        steps = self._micro_steps(phase, iteration, inputs)
         results = []
         for i, step in enumerate(steps, start=1):
             with contextlib.nullcontext() if i == len(steps) else engine.accumulating():
                 results.append(self._gradients(phase, step, len(steps)))
         norm = engine.gradient_norm()
         terms = _means([result.terms for result in results])
+        observed = _means([result.observed for result in results]) | {f"grad_norm/{phase.name}": norm}
         # Weighted: a finite term may overflow with its weight.
-        losses = {f"{phase.name}_{name}": results[0].weights[name] * value for name, value in terms.items()}
-        self.guard.watch(phase.name, iteration, losses, norm)
+        finite = self.guard.check((results[0].weights[name] * value for name, value in terms.items()), norm)
+        measured = _measured(terms, observed, finite)
+        if self._graphs is None:
+            self._watch(phase, iteration, measured)
         engine.step()
         if codes := [result.codes for result in results if result.codes is not None]:
             w_foreground, w_background = (torch.cat(parts) for parts in zip(*codes, strict=True))
             self.generator.mapping_foreground.update_average(global_batch_mean(w_foreground))
             self.generator.mapping_background.update_average(global_batch_mean(w_background))
-        observed = _means([result.observed for result in results])
-        return Measured(terms, {**observed, f"grad_norm/{phase.name}": norm})
+        return measured
+
+    def _watch(self, phase: Phase, iteration: int, measured: Measured) -> None:
+        self.guard.watch(phase.name, iteration, (f"{phase.name}_{name}" for name in measured.terms), measured.finite)
 
     def _gradients(self, phase: Phase, step: Step, num: int) -> "_MicroBatch":
         """Add the gradients of a micro-batch, one of `num`; its pictures are gone when the next one begins."""
@@ -146,25 +173,40 @@ class Learner:
             codes=None if out is None else (out.w_foreground.detach(), out.w_background.detach()),
         )
 
-    def _micro_steps(self, phase: Phase, iteration: int, images: Tensor, slots: NDArray[np.int64]) -> list[Step]:
-        """What each micro-batch works on.
+    def _inputs(self, phase: Phase, iteration: int, images: Tensor, slots: NDArray[np.int64]) -> dict[str, Tensor]:
+        """What changes from iteration to iteration.
 
         A micro-batch takes whole columns of its rank's batch, as a rank does of the global batch
         (`data_shards.order.rank_slots`): minibatch-stddev groups and halves are the same.
         """
-        num, num_columns = self._config.accumulate, self._config.batch // GROUP_SIZE
+        num = self._config.accumulate
+        parts = slots.reshape(GROUP_SIZE, num, -1).swapaxes(0, 1)
+        inputs = {"images": images, "scheduled": torch.tensor(schedules(self._config.loss, iteration))}
+        if phase.stream is not None:
+            seeds = sample_seeds(self._config.seed, phase.stream, iteration, parts.reshape(-1))
+            inputs["seeds"] = seeds.view(num, -1)
+        if self._device.type == "cuda":
+            inputs |= {name: x.pin_memory() for name, x in inputs.items() if name != "images"}
+        if self._scribbled is not None:  # one a column of the global batch, in turn
+            numbers = iteration * (self._config.batch // GROUP_SIZE) + parts[:, 0]
+            taken = self._scribbled.taken(numbers.reshape(-1), seed=self._config.seed, mirror=self._config.flip)
+            inputs |= {"scribbled": taken.images, "strokes": taken.strokes}
+        return inputs
+
+    def _micro_steps(self, phase: Phase, iteration: int, inputs: Inputs) -> list[Step]:
+        """What each micro-batch works on."""
+        num, config = self._config.accumulate, self._config.loss
         sizes = {"z_dim": self.generator.z_dim, "num_noise": self.generator.num_noise}
         steps = []
         for k in range(num):
             given = scribbled = None
-            part = slots.reshape(GROUP_SIZE, num, -1)[:, k]
             if phase.stream is not None:
-                given = draw(self._config.seed, phase.stream, iteration, part.reshape(-1), **sizes, device=self._device)
-            if self._scribbled is not None:  # one a column of the global batch, in turn
-                numbers = iteration * num_columns + part[0]
-                scribbled = self._scribbled.taken(numbers, seed=self._config.seed, mirror=self._config.flip)
-            pictures = images.unflatten(0, (GROUP_SIZE, num, -1))[:, k].flatten(0, 1)
-            steps.append(Step(self.networks, self._config.loss, iteration, pictures, given, scribbled=scribbled))
+                given = draw_from(inputs["seeds"][k], **sizes, device=self._device)
+            if "strokes" in inputs:
+                scribbled = Scribbled(*(inputs[name].chunk(num)[k] for name in ("scribbled", "strokes")))
+            images = inputs["images"].unflatten(0, (GROUP_SIZE, num, -1))[:, k].flatten(0, 1)
+            scheduled = inputs["scheduled"]
+            steps.append(Step(self.networks, config, iteration, images, given, None, scribbled, scheduled))
         if phase.survey is None or num == 1:
             return steps
         with self._modes(phase), torch.no_grad():
@@ -173,12 +215,9 @@ class Learner:
 
     @contextlib.contextmanager
     def _modes(self, phase: Phase) -> Iterator[None]:
-        """How a phase is computed: eagerly, in half precision, or as it is."""
-        with contextlib.ExitStack() as modes:
-            if phase.second_order:
-                modes.enter_context(torch.compiler.set_stance("force_eager"))
-            elif self._bfloat16:
-                modes.enter_context(torch.autocast(self._device.type, torch.bfloat16))
+        """In half precision or as it is."""
+        half = self._bfloat16 and not phase.second_order
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
             yield
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,11 +236,15 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
+        if self._graphs is not None:
+            self._graphs.forget()
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         self.ema.load_state_dict(state["ema"])
         for name, engine in self.engines.items():
             engine.load_optimizer_state(state["optimizers"][name])
+            for group in self.optimizers[name].param_groups:
+                group["capturable"] = self._device.type == "cuda"  # of this device, not of the one that saved
 
     @torch.no_grad()
     def update_ema(self, images_seen: int) -> None:
@@ -212,7 +255,21 @@ class Learner:
         """
         config = self._config
         decay = ema_decay(config.batch, config.optimizer.ema_halflife_images, images_seen, config.optimizer.ema_rampup)
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1.0 - decay)
+        if self._graphs is None:
+            return self._move_ema(1.0 - decay)
+        share = torch.tensor(1.0 - decay).pin_memory()
+        self._graphs.run("ema", lambda inputs: self._move_ema(inputs["share"]), {"share": share})
+        return None
+
+    def _move_ema(self, share: float | Tensor) -> None:
+        averages: list[Tensor] = list(self.ema.parameters())
+        parameters: list[Tensor] = list(self.generator.parameters())
+        if isinstance(share, Tensor):  # as lerp takes no scalar on the device for a list
+            differences = torch._foreach_sub(parameters, averages)
+            torch._foreach_mul_(differences, share)
+            torch._foreach_add_(averages, differences)
+        else:
+            torch._foreach_lerp_(averages, parameters, share)
         for average, current in zip(self.ema.buffers(), self.generator.buffers(), strict=True):
             average.copy_(current)
 
@@ -222,7 +279,7 @@ class _MicroBatch:
     """What is kept of a `PhaseResult`; detached."""
 
     terms: Mapping[str, Tensor]
-    weights: Mapping[str, float]
+    weights: Mapping[str, float | Tensor]
     observed: Mapping[str, Tensor]
     codes: tuple[Tensor, Tensor] | None
 
@@ -232,11 +289,32 @@ def _means(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
 
+def _measured(terms: dict[str, Tensor], observed: dict[str, Tensor], finite: Tensor) -> Measured:
+    values = torch.stack([x.float() for x in (*terms.values(), *observed.values())])
+    parts = values.unbind()
+    return Measured(
+        terms=dict(zip(terms, parts, strict=False)),
+        observed=dict(zip(observed, parts[len(terms) :], strict=True)),
+        values=values,
+        finite=finite,
+    )
+
+
 def _adam(network: nn.Module, learning_rate: float, lazy_ratio: float) -> torch.optim.Adam:
     """Adam of StyleGAN2 with betas (0, 0.99), scaled for a network that takes ``1 / lazy_ratio`` steps an iteration."""
+    parameters = list(network.parameters())
     return torch.optim.Adam(
-        network.parameters(), lr=learning_rate * lazy_ratio, betas=(0.0, float(0.99**lazy_ratio)), fused=True
+        parameters,
+        lr=learning_rate * lazy_ratio,
+        betas=(0.0, float(0.99**lazy_ratio)),
+        fused=True,
+        capturable=parameters[0].is_cuda,
     )
+
+
+def uses_graphs(config: Config, device: torch.device) -> bool:
+    """Whether steps are recorded as CUDA graphs, where the engines let them."""
+    return config.cuda_graphs and device.type == "cuda" and has_triton()
 
 
 def uses_bfloat16(precision: Precision, device: torch.device) -> bool:

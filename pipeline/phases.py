@@ -78,6 +78,7 @@ class Step:
         area: what the phase's `survey` found, the mean over all micro-batches of all ranks; None where this is the only
             one of its rank.
         scribbled: pictures with strokes, for ``B / 4`` of the samples; None where the run has none.
+        scheduled: what `schedules` says, ``[2]``, on the device: a CUDA graph is recorded once for many iterations.
     """
 
     networks: Networks
@@ -87,11 +88,22 @@ class Step:
     draw: Draw | None
     area: Tensor | None = None
     scribbled: Scribbled | None = None
+    scheduled: Tensor | None = None
 
     @property
-    def fade_in(self) -> float:
+    def fade_in(self) -> float | Tensor:
         """Gamma of Eq. 3."""
-        return linear_ramp(self.iteration, 0.0, 1.0, self.config.fade_in_iterations)
+        return schedules(self.config, self.iteration)[0] if self.scheduled is None else self.scheduled[0]
+
+    @property
+    def binarization(self) -> float | Tensor:
+        """lambda_bin of Eq. 8."""
+        return schedules(self.config, self.iteration)[1] if self.scheduled is None else self.scheduled[1]
+
+    @property
+    def due(self) -> tuple[bool, bool]:
+        """Which of the terms that are not computed at each iteration are due: consistency, participation."""
+        return due_terms(self.config, self.iteration)
 
     @property
     def num_composites(self) -> int:
@@ -118,7 +130,7 @@ class PhaseResult:
     """
 
     terms: Mapping[str, Tensor]
-    weights: Mapping[str, float]
+    weights: Mapping[str, float | Tensor]
     observed: Mapping[str, Tensor]
     generated: GeneratorOutput | None = None
 
@@ -211,16 +223,11 @@ def d_r1(step: Step) -> PhaseResult:
 
 def g_main(step: Step) -> PhaseResult:
     """Adversarial, consistency, coarse and fine mask and participation losses (Eqs. 5 to 10 and 12)."""
-    config, iteration, batch, b = step.config, step.iteration, len(step.images), step.num_composites
+    config, batch, b = step.config, len(step.images), step.num_composites
     networks = step.networks
     out = step.generate(networks.generator_synced)
-    with_consistency = (
-        networks.discriminator.mask_predictor is not None
-        and config.consistency > 0
-        and iteration >= config.consistency_start
-        and is_due(iteration, config.consistency_interval)
-    )
-
+    consistency_due, participation_due = step.due
+    with_consistency = consistency_due and networks.discriminator.mask_predictor is not None
     fakes = [out.composite, out.foreground[b:]]
     if with_consistency:
         fakes.append(out.foreground[:b].detach())
@@ -234,7 +241,7 @@ def g_main(step: Step) -> PhaseResult:
         "binarization": losses.binarization(out.mask_coarse),
         "area": losses.area_hinge(area, config.phi1),
     }
-    weights = generator_weights(config, iteration)
+    weights = generator_weights(config, step.binarization)
     if networks.generator.mask_network_fine is not None:
         terms["fine"] = losses.fine_area(out.mask[:b], out.mask_coarse[:b], config.phi2)
     if with_consistency:
@@ -242,7 +249,7 @@ def g_main(step: Step) -> PhaseResult:
         if step.scribbled is not None:
             terms["follow"] = losses.mask_following(out.mask[:b], judged.mask_pred[batch:])
             weights["follow"] = config.scribble
-    if config.participation > 0 and is_due(iteration, config.participation_interval):
+    if participation_due:
         terms["participation"] = losses.background_participation(out.foreground[:b], out.background, out.mask[:b])
     return PhaseResult(
         terms=terms,
@@ -263,18 +270,30 @@ def _with_gradient_of(value: Tensor, part: Tensor) -> Tensor:
     return value + (part - part.detach())
 
 
-def generator_weights(config: LossConfig, iteration: int) -> dict[str, float]:
-    """Weights of the terms of `g_main` (Eqs. 8 and 12)."""
+def generator_weights(config: LossConfig, binarization: float | Tensor) -> dict[str, float | Tensor]:
+    """Weights of the terms of `g_main` (Eqs. 8 and 12); `binarization` is lambda_bin at this iteration."""
     return {
         "adversarial": 1.0,
-        "binarization": linear_ramp(
-            iteration, config.binarization_start, config.binarization_end, config.binarization_iterations
-        ),
+        "binarization": binarization,
         "area": config.area,
         "fine": config.fine,
         "consistency": config.consistency,
         "participation": config.participation,
     }
+
+
+def schedules(config: LossConfig, iteration: int) -> tuple[float, float]:
+    """Gamma of Eq. 3 and lambda_bin of Eq. 8 at an iteration."""
+    fade_in = linear_ramp(iteration, 0.0, 1.0, config.fade_in_iterations)
+    start, end = config.binarization_start, config.binarization_end
+    return fade_in, linear_ramp(iteration, start, end, config.binarization_iterations)
+
+
+def due_terms(config: LossConfig, iteration: int) -> tuple[bool, bool]:
+    """Whether L_cons and L_bgp are due at an iteration."""
+    consistency = iteration >= config.consistency_start and is_due(iteration, config.consistency_interval)
+    participation = is_due(iteration, config.participation_interval)
+    return config.consistency > 0 and consistency, config.participation > 0 and participation
 
 
 @torch.no_grad()

@@ -13,6 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.fused import has_triton
+from models.fused_ops import normal
+
 
 class Stream(IntEnum):
     """Who draws; two streams never share a number."""
@@ -53,12 +56,28 @@ def draw(
     device: torch.device,
 ) -> Draw:
     """Draw for the samples `slots` (positions in the global batch) of one iteration."""
+    return draw_from(sample_seeds(seed, stream, iteration, slots), z_dim=z_dim, num_noise=num_noise, device=device)
+
+
+def sample_seeds(seed: int, stream: Stream, iteration: int, slots: Sequence[int] | NDArray[np.int64]) -> Tensor:
+    """A seed for each of the samples `slots` (positions in the global batch) of one iteration, ``[b]`` int64."""
     states = np.random.SeedSequence([seed, int(stream), iteration]).generate_state(int(max(slots)) + 1, np.uint64)
-    generator = torch.Generator(device)
-    rows = torch.empty(len(slots), z_dim + num_noise, device=device)
-    for row, slot in zip(rows, slots, strict=True):
-        generator.manual_seed(_seed_of(states[slot]))
-        row.normal_(generator=generator)
+    return torch.from_numpy((states[np.asarray(slots)] >> np.uint64(1)).astype(np.int64))  # torch takes 63 bits
+
+
+def draw_from(seeds: Tensor, *, z_dim: int, num_noise: int, device: torch.device) -> Draw:
+    """Draw for samples with these seeds.
+
+    One kernel does it on a GPU with Triton, where the seeds may be on the GPU. The numbers differ from a CPU's.
+    """
+    if device.type == "cuda" and has_triton():
+        rows = normal(seeds.to(device, non_blocking=True), z_dim + num_noise)
+    else:
+        generator = torch.Generator(device)
+        rows = torch.empty(len(seeds), z_dim + num_noise, device=device)
+        for row, seed in zip(rows, seeds.tolist(), strict=True):
+            generator.manual_seed(seed)
+            row.normal_(generator=generator)
     z, noise = rows.split([z_dim, num_noise], dim=1)
     return Draw(z, noise)
 
@@ -66,8 +85,4 @@ def draw(
 def generator_for(seed: int, stream: Stream, number: int) -> torch.Generator:
     """A generator on the CPU of its own for one of a stream's numbered things."""
     (state,) = np.random.SeedSequence([seed, int(stream), number]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(_seed_of(state))
-
-
-def _seed_of(state: np.uint64) -> int:
-    return int(state >> np.uint64(1))  # torch takes 63 bits
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))  # torch takes 63 bits

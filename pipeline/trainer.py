@@ -16,13 +16,14 @@ from data_shards.loader import Loader
 from data_shards.order import rank_slots
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
+from pipeline.all_reduce import AllReduceEngine
 from pipeline.config import Config
 from pipeline.ddp import DdpEngine
-from pipeline.distributed import Agreement
+from pipeline.distributed import Agreement, num_ranks
 from pipeline.drift import refuse_drift
 from pipeline.engine import Engine
 from pipeline.interrupt import Interrupt, Interrupted
-from pipeline.learner import Learner, Measured
+from pipeline.learner import Learner, Measured, uses_graphs
 from pipeline.metrics import MetricMeter
 from pipeline.phases import Phase, Scribbled
 from pipeline.rendezvous import FRESH
@@ -75,6 +76,8 @@ class Trainer:
     def _make_engine(self, network: nn.Module, optimizer: Optimizer) -> Engine:
         if self.config.backend == "deepspeed":
             return zero_engine(network, optimizer, self.config, self.accelerator.device)
+        if uses_graphs(self.config, self.accelerator.device):
+            return (Engine if num_ranks() == 1 else AllReduceEngine)(network, optimizer)
         return DdpEngine(network, optimizer, self.accelerator)
 
     @property
@@ -147,10 +150,8 @@ class Trainer:
         refuse_drift(networks, self._agreement, self.iteration)
 
     def _measure(self, phase: Phase, result: Measured) -> None:
-        for name, value in result.terms.items():
-            self.meter.add(f"loss/{phase.name}_{name}", value)
-        for name, value in result.observed.items():
-            self.meter.add(name, value)
+        names = [f"loss/{phase.name}_{name}" for name in result.terms]
+        self.meter.add((*names, *result.observed), result.values)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training needs to go on exactly.

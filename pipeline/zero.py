@@ -72,6 +72,8 @@ def zero_engine(network: nn.Module, optimizer: Optimizer, config: Config, device
 class ReplicatedEngine(Engine):
     """Stage 0."""
 
+    recordable = False
+
     def __init__(self, network: nn.Module, optimizer: Optimizer, config: Config, device: torch.device) -> None:
         super().__init__(network, optimizer)
         self._engine = _initialize(network, optimizer, config, device)

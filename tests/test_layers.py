@@ -8,9 +8,9 @@ import torch
 from conftest import RESOLUTION, lived_in
 from torch import nn
 
-from models.discriminator import minibatch_stddev
 from models.generator import FurryGenerator
 from models.layers import EqualizedConv2d, EqualizedLinear, ModulatedConv2d
+from models.ops import minibatch_stddev
 from models.widths import Widths
 
 B, HALF = 8, 4
