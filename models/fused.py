@@ -26,7 +26,7 @@ from models.ops import ACTIVATION_GAIN, leaky_relu_, stddev_channel
 if TYPE_CHECKING:
     from models.discriminator import Discriminator, ResidualBlock
     from models.generator import FurryGenerator, SynthesisNetwork
-    from models.layers import StyledConv
+    from models.layers import ModulatedConv2d, StyledConv
     from models.masks import MaskNetwork
 
 RGB_CHANNELS = 8
@@ -109,8 +109,13 @@ def _styled_conv(layer: "StyledConv", x: Tensor, style: Tensor, following: Tenso
         z = F.conv_transpose2d(x, weight, stride=2)
     else:
         z = F.conv2d(x, conv.weight.to(x.dtype), padding=1)
-    demodulation = conv.demodulation(style, conv.weight, conv.scale) * conv.scale
+    demodulation = _demodulation(conv, style)
     return fused_ops.styled(z, demodulation, noise, layer.noise_strength, layer.bias, following, blurred=conv.upsample)
+
+
+def _demodulation(conv: "ModulatedConv2d", style: Tensor) -> Tensor:
+    """Factors of what a convolution with the weight as it is gives, without its scale."""
+    return fused_ops.demodulation(style, conv.weight, scale=conv.scale, gain=conv.gain * conv.scale)
 
 
 def _heads(
@@ -133,7 +138,7 @@ def _heads(
             continue
         conv = mask.conv.conv
         style = conv.modulation(w)
-        demodulation = conv.demodulation(style, conv.weight, conv.scale) * conv.scale
+        demodulation = _demodulation(conv, style)
         weights.append(conv.weight.flatten(1) * style[:, None] * demodulation[:, :, None])
         biases.append(mask.conv.bias * ACTIVATION_GAIN)
         strengths.append(mask.conv.noise_strength)

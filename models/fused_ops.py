@@ -460,6 +460,61 @@ def styled(
     return out
 
 
+# --- demodulation ---
+
+
+def _plain_demodulation(style: Tensor, weight: Tensor, scale: float, gain: float) -> tuple[Tensor, Tensor]:
+    power = weight.square().sum(dim=(2, 3))
+    return torch.rsqrt(style.square() @ power.T * scale**2 + 1e-8) * gain, power
+
+
+@_operator(lambda style, weight, *_: (style.new_empty(len(style), len(weight)), style.new_empty(weight.shape[:2])))
+def _demodulation(style: Tensor, weight: Tensor, scale: float, gain: float) -> tuple[Tensor, Tensor]:
+    return _plain_demodulation(style, weight, scale, gain)
+
+
+@_operator(lambda grad, out, power, style, weight, *_: (torch.empty_like(style), torch.empty_like(weight)))
+def _demodulation_adjoint(
+    grad: Tensor, out: Tensor, power: Tensor, style: Tensor, weight: Tensor, scale: float, gain: float
+) -> tuple[Tensor, Tensor]:
+    h = -grad * out**3 * (scale / gain) ** 2
+    return style * (h @ power), weight * (h.T @ style.square())[:, :, None, None]
+
+
+class _Demodulation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, style: Tensor, weight: Tensor, scale: float, gain: float) -> Tensor:
+        out, power = _demodulation(style, weight, scale, gain)
+        ctx.save_for_backward(style, weight, out, power)
+        ctx.options = scale, gain
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        style, weight, out, power = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            plain, _ = _plain_demodulation(style, weight, *ctx.options)
+            return *_differentiably((plain,), gradients, (style, weight), ctx.needs_input_grad), None, None
+        return *_demodulation_adjoint(gradients[0].contiguous(), out, power, style, weight, *ctx.options), None, None
+
+
+def demodulation(style: Tensor, weight: Tensor, *, scale: float, gain: float) -> Tensor:
+    """``gain`` over the expected standard deviation of each output channel of a modulated convolution.
+
+    Args:
+        style: ``[N, I]`` float32.
+        weight: ``[O, I, k, k]`` float32, channels-last.
+        scale: of the weight.
+        gain: factor on the result.
+
+    Returns:
+        ``[N, O]``.
+    """
+    out: Tensor = _Demodulation.apply(style.contiguous(), _last(weight), scale, gain)
+    return out
+
+
 # --- RGB and masks from the features ---
 
 

@@ -78,7 +78,7 @@ def _bias(bias, cs, channels, gain):
     return (_wide(tl.load(bias + cs, mask=cs < channels, other=0.0)) * gain)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "padding"])
 def blur(
     x, z, bias, y, sums, height, width, channels, out_height, out_width, padding, gain, scale, bias_gain,
     MODE: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -117,7 +117,7 @@ def blur(
         tl.store(sums + program * channels + cs, tl.sum(total, axis=0), mask=cs < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def add_reflect(
     z, value_z, skip, bias, y, height, width, channels, scale, skip_scale, bias_gain,
     LINEAR: tl.constexpr, SKIP: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -159,7 +159,7 @@ def _inner_filtered_row(x, n, y, xs, cs, height, width, channels):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
 def inner_blur_down(
     x, y, height, width, channels, out_height, out_width,
     ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -214,7 +214,7 @@ def _spread_down(grad, n, y, xs, cs, height, width, channels):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "down_height", "down_width"])
 def block_output_backward(
     grad, grad_down, z, bias, grad_z, grad_skip, sums,
     height, width, channels, down_height, down_width, scale, skip_scale, bias_gain,
@@ -258,7 +258,7 @@ def _noise_row(noise, n, stride, y, xs, height, width):
     return _wide(tl.load(noise + n.to(tl.int64) * stride + y * width + xs, mask=inside, other=0.0))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "noise_stride"])
 def styled_forward(
     z, demodulation, noise, strength, bias, style, y,
     height, width, channels, out_height, out_width, noise_stride, blur_gain, gain,
@@ -293,7 +293,7 @@ def styled_forward(
         _store(_row(y, n, at, out_height, out_width, channels), value, at, xs, cs, out_height, out_width, channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "noise_stride"])
 def styled_backward(
     grad, z, demodulation, noise, strength, bias, style, grad_blurred, sums,
     height, width, channels, out_height, out_width, noise_stride, blur_gain, gain,
@@ -390,7 +390,7 @@ def _head_inputs(
     return total + noise * (loud * gain)[None, :] + b[None, :], noise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pixels", "stride"])
 def heads_forward(
     features, weight, bias, noise_coarse, noise_fine, strengths, rgb, masks,
     num_pixels, channels, stride, gain,
@@ -412,7 +412,7 @@ def heads_forward(
         tl.store(masks + at + (group - 1) * num_pixels, mean, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pixels", "stride"])
 def heads_backward(
     grad_rgb, grad_masks, features, weight, bias, noise_coarse, noise_fine, strengths,
     grad_features, sums_weight, sums, num_pixels, channels, stride, gain,
@@ -464,7 +464,72 @@ def heads_backward(
         tl.store(sums + (program * 2 + 1) * OUT + outs, sum_noise)
 
 
+@triton.jit(do_not_specialize=["n", "num_out"])
+def demodulation(
+    style, weight, out, power, n, num_out, num_in, scale, gain,
+    TAPS: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``gain / sqrt(sum over i of style^2 power * scale^2)``; power: the sum over the taps of the squared weight."""
+    o, samples = tl.program_id(0), tl.arange(0, SAMPLES)
+    total = tl.zeros((SAMPLES,), tl.float32)
+    for first in range(0, num_in, BLOCK):
+        inputs = first + tl.arange(0, BLOCK)
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for tap in tl.static_range(TAPS):
+            w = tl.load(weight + (o * TAPS + tap) * num_in + inputs, mask=inputs < num_in, other=0.0).to(tl.float32)
+            squares += w * w
+        tl.store(power + o * num_in + inputs, squares, mask=inputs < num_in)
+        inside = (samples < n)[:, None] & (inputs < num_in)[None, :]
+        s = tl.load(style + samples[:, None] * num_in + inputs[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(s * s * squares[None, :], axis=1)
+    tl.store(out + samples * num_out + o, gain / tl.sqrt(total * scale * scale + 1e-8), mask=samples < n)
+
+
 @triton.jit
+def _before_root(grad, out, at, inside, scale, gain):
+    """Gradient at the sum under the root, twice over, times ``scale^2``."""
+    d = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    return -g * d * d * d * (scale * scale) / (gain * gain)
+
+
+@triton.jit(do_not_specialize=["n", "num_out"])
+def demodulation_weight_gradient(
+    grad, out, style, weight, grad_weight, n, num_out, num_in, scale, gain,
+    TAPS: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``weight * sum over n of h style^2``, with h the result of `_before_root`."""
+    o, samples = tl.program_id(0), tl.arange(0, SAMPLES)
+    h = _before_root(grad, out, samples * num_out + o, samples < n, scale, gain)
+    for first in range(0, num_in, BLOCK):
+        inputs = first + tl.arange(0, BLOCK)
+        inside = (samples < n)[:, None] & (inputs < num_in)[None, :]
+        s = tl.load(style + samples[:, None] * num_in + inputs[None, :], mask=inside, other=0.0).to(tl.float32)
+        factor = tl.sum(h[:, None] * s * s, axis=0)
+        for tap in tl.static_range(TAPS):
+            at = (o * TAPS + tap) * num_in + inputs
+            w = tl.load(weight + at, mask=inputs < num_in, other=0.0).to(tl.float32)
+            tl.store(grad_weight + at, w * factor, mask=inputs < num_in)
+
+
+@triton.jit(do_not_specialize=["num_out"])
+def demodulation_style_gradient(
+    grad, out, style, power, grad_style, num_out, num_in, scale, gain, BLOCK_O: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``style * sum over o of h power``."""
+    sample, inputs = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, num_out, BLOCK_O):
+        outs = first + tl.arange(0, BLOCK_O)
+        h = _before_root(grad, out, sample * num_out + outs, outs < num_out, scale, gain)
+        inside = (outs < num_out)[:, None] & (inputs < num_in)[None, :]
+        p = tl.load(power + outs[:, None] * num_in + inputs[None, :], mask=inside, other=0.0)
+        total += tl.sum(h[:, None] * p, axis=0)
+    s = tl.load(style + sample * num_in + inputs, mask=inputs < num_in, other=0.0).to(tl.float32)
+    tl.store(grad_style + sample * num_in + inputs, s * total, mask=inputs < num_in)
+
+
+@triton.jit(do_not_specialize=["num"])
 def normal(out, seeds, num, BLOCK: tl.constexpr):
     """Standard normal numbers ``[B, num]``, each row a function of its seed: Philox and Box-Muller."""
     row, at = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

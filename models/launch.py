@@ -17,8 +17,9 @@ ROWS = 8
 """Rows that a program goes down: as many again are loaded for the first three taps."""
 BLOCK_ELEMENTS = 1024
 """Elements of a row that a program works on at a time: 16 bytes of bfloat16 a thread."""
-MIN_BLOCK_C, MAX_BLOCK_C = 32, 128
+BLOCKS_C = (64, 32)
 NUM_WARPS = 4
+DEMODULATION_BLOCK = 64
 HEADS_PIXELS, HEADS_CHANNELS, HEADS_TILES, HEADS_WARPS = 64, 64, 16, 8
 
 
@@ -182,6 +183,33 @@ def heads_adjoint(
     return grad_features, sums_weight.sum(dim=0), sums.sum(dim=0)
 
 
+def demodulation(style: Tensor, weight: Tensor, scale: float, gain: float) -> tuple[Tensor, Tensor]:
+    """See `models.fused_ops.demodulation`; with the sums over the taps of the squared weight ``[O, I]``."""
+    (n, num_in), (num_out, _, height, width) = style.shape, weight.shape
+    out, power = style.new_empty(n, num_out), style.new_empty(num_out, num_in)
+    kernels.demodulation[num_out,](
+        style, weight, out, power, n, num_out, num_in, scale, gain,
+        TAPS=height * width, SAMPLES=triton.next_power_of_2(n), BLOCK=DEMODULATION_BLOCK,
+    )  # fmt: skip
+    return out, power
+
+
+def demodulation_adjoint(
+    grad: Tensor, out: Tensor, power: Tensor, style: Tensor, weight: Tensor, scale: float, gain: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients at style and weight."""
+    (n, num_in), (num_out, _, height, width) = style.shape, weight.shape
+    grad_style, grad_weight = torch.empty_like(style), torch.empty_like(weight)
+    kernels.demodulation_weight_gradient[num_out,](
+        grad, out, style, weight, grad_weight, n, num_out, num_in, scale, gain,
+        TAPS=height * width, SAMPLES=triton.next_power_of_2(n), BLOCK=DEMODULATION_BLOCK,
+    )  # fmt: skip
+    kernels.demodulation_style_gradient[triton.cdiv(num_in, 32), n](
+        grad, out, style, power, grad_style, num_out, num_in, scale, gain, BLOCK_O=64, BLOCK=32
+    )
+    return grad_style, grad_weight
+
+
 def normal(seeds: Tensor, num: int) -> Tensor:
     """Standard normal numbers ``[B, num]`` float32, row b a function of ``seeds[b]`` (int64) alone."""
     out = torch.empty(len(seeds), num, device=seeds.device)
@@ -196,10 +224,12 @@ def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 
 def _strips(n: int, channels: int, height: int, width: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid (blocks of a row, strips of rows, images) and block sizes."""
-    dividing = channels & -channels  # no lanes idle where it is large enough
-    block_c = min(dividing if dividing >= MIN_BLOCK_C else triton.next_power_of_2(channels), MAX_BLOCK_C)
-    block_w = max(1, min(BLOCK_ELEMENTS // block_c, triton.next_power_of_2(width)))
+    """Grid (blocks of a row, strips of rows, images) and block sizes.
+
+    Block sizes follow from the channels alone, and from few properties of them: Triton compiles each combination anew.
+    """
+    block_c = next((size for size in BLOCKS_C if channels % size == 0), BLOCKS_C[-1])
+    block_w = BLOCK_ELEMENTS // block_c
     across = triton.cdiv(width, block_w) * triton.cdiv(channels, block_c)
     block = {"ROWS": ROWS, "BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": NUM_WARPS}
     return (across, triton.cdiv(height, ROWS), n), block

@@ -45,7 +45,8 @@ class EqualizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x = F.linear(x.to(self.weight.dtype), self.weight * self.scale, self.bias * self.bias_scale)
+            bias = self.bias if self.bias_scale == 1.0 else self.bias * self.bias_scale
+            x = F.linear(x.to(self.weight.dtype), self.weight * self.scale, bias)
         return ops.leaky_relu_(x) if self.activate else x
 
 
@@ -131,15 +132,12 @@ class ModulatedConv2d(nn.Module):
         x = ops.upsample_conv2d(x, weight) if self.upsample else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
         if not self.demodulate:
             return x
-        return x * self.demodulation(style, weight)[:, :, None, None].to(x.dtype)
+        return x * self._demodulation(style, weight)[:, :, None, None].to(x.dtype)
 
-    def demodulation(self, style: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
-        """Factors ``[B, O]`` of the output of a convolution with ``weight * scale``.
-
-        In float32 whatever the autocast: a sum of squares overflows or cancels in half precision.
-        """
+    def _demodulation(self, style: Tensor, weight: Tensor) -> Tensor:
+        """``[B, O]``, in float32 whatever the autocast: a sum of squares overflows or cancels in half precision."""
         with torch.autocast(style.device.type, enabled=False):
-            power = weight.float().square().sum(dim=(2, 3)) * scale**2
+            power = weight.float().square().sum(dim=(2, 3))
             return torch.rsqrt(style.float().square() @ power.T + 1e-8) * self.gain
 
 
