@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from models.layers import ModulatedConv2d, StyledConv
     from models.masks import MaskNetwork
 
-RGB_CHANNELS = 8
-"""Images are padded to so many channels: tensor cores take no 3."""
-
 _everywhere = False
 
 
@@ -160,13 +157,10 @@ def features16(discriminator: "Discriminator", images: Tensor) -> tuple[Tensor, 
     dtype = _dtype(images)
     with torch.autocast(images.device.type, enabled=False):
         layer = discriminator.from_rgb
-        padding = RGB_CHANNELS - images.shape[1]
-        x = F.pad(images.to(dtype), (0, 0, 0, 0, 0, padding)).contiguous(memory_format=torch.channels_last)
-        weight = F.pad(layer.weight.to(dtype), (0, 0, 0, 0, 0, padding))
         assert layer.bias is not None
-        out, halved = fused_ops.block_output(
-            fused_ops.conv2d(x, weight.contiguous(memory_format=torch.channels_last)),
-            layer.bias, None, scale=layer.scale, skip_scale=0.0, bias_gain=layer.gain, down=True,
+        out, halved = fused_ops.rgb_output(
+            images.to(layer.weight.dtype), layer.weight.flatten(1), layer.bias,
+            scale=layer.scale, bias_gain=layer.gain, down=True, dtype=dtype,
         )  # fmt: skip
         out, halved = _residual_blocks(discriminator.blocks_to_mask, out, halved, discriminator.recompute)
         assert halved is not None

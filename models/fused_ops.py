@@ -2,8 +2,8 @@
 
 Each operator has a plain form in torch, which runs on CPUs and is what the tests compare with, and a Triton kernel for
 GPUs, launched by the function of the same name in `models/launch.py`. Both sum in float32 and round once, when they
-store their result. Tensors ``[N, C, H, W]`` are channels-last, of any floating-point type; biases, demodulations,
-styles and the results of sums over pixels are float32.
+store their result (the plain form of a float64 input in float64). Tensors ``[N, C, H, W]`` are channels-last, of any
+floating-point type; biases, demodulations, styles and the results of sums over pixels are float32.
 
 The discriminator is piecewise linear in its activations, and R1 differentiates its gradient. So the derivative of an
 operator of the discriminator is a linear map, the derivative of that map's adjoint is the map itself, and three kernels
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from models.ops import ACTIVATION_GAIN, LEAKY_SLOPE
@@ -64,13 +65,13 @@ def _operator(fake: Operator) -> Callable[[Operator], Operator]:
     return register
 
 
-def _empty(like: Tensor, height: int, width: int) -> Tensor:
-    shape = (like.shape[0], like.shape[1], height, width)
+def _empty(like: Tensor, height: int, width: int, channels: int | None = None) -> Tensor:
+    shape = (like.shape[0], channels or like.shape[1], height, width)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _float32(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+def _sums(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -133,13 +134,13 @@ def _blur_linearized(x: Tensor, z: Tensor, bias: Tensor, padding: int, scale: fl
     return _stored(_filtered(_wide(x) * slope, padding), x)
 
 
-@_operator(lambda grad, z, *_: (torch.empty_like(z), _float32(z, z.shape[1])))
+@_operator(lambda grad, z, *_: (torch.empty_like(z), _sums(z, z.shape[1])))
 def _blur_adjoint(
     grad: Tensor, z: Tensor, bias: Tensor, padding: int, scale: float, bias_gain: float
 ) -> tuple[Tensor, Tensor]:
     slope = _slope(_before_activation(z, bias, scale, bias_gain), scale)
     out = _filtered(_wide(grad), 3 - padding) * slope
-    return _stored(out, z), out.sum(dim=(0, 2, 3)).float()
+    return _stored(out, z), out.sum(dim=(0, 2, 3))
 
 
 class _BlurActivated(torch.autograd.Function):
@@ -253,7 +254,7 @@ def _block_output_linearized(
 
 
 def _fake_block_output_adjoint(grad: Tensor, down: Any, z: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(z), torch.empty_like(z) if options[-1] else z.new_empty(0), _float32(z, z.shape[1])
+    return torch.empty_like(z), torch.empty_like(z) if options[-1] else z.new_empty(0), _sums(z, z.shape[1])
 
 
 @_operator(_fake_block_output_adjoint)
@@ -266,7 +267,7 @@ def _block_output_adjoint(
         out = out + _filtered_adjoint(_wide(grad_down), z.shape[2:])
     grad_z = out * _slope(_before_activation(z, bias, scale, bias_gain), scale)
     grad_skip = _stored(out * skip_scale, z) if with_skip else z.new_empty(0)
-    return _stored(grad_z, z), grad_skip, grad_z.sum(dim=(0, 2, 3)).float()
+    return _stored(grad_z, z), grad_skip, grad_z.sum(dim=(0, 2, 3))
 
 
 class _BlockOutput(torch.autograd.Function):
@@ -359,6 +360,142 @@ def block_output(
     return out, halved if down else None
 
 
+# --- output of the first layer, from RGB, in the same form ---
+
+
+def _fake_rgb_output(image: Tensor, weight: Tensor, down: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    like = torch.empty(0, dtype=dtype, device=image.device).expand(len(image), 0, 0, 0)
+    height, width = image.shape[2:]
+    halved = _empty(like, _half(height), _half(width), len(weight)) if down else like.new_empty(0)
+    return _empty(like, height + 2, width + 2, len(weight)), halved
+
+
+def _rgb_product(image: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(image, weight.to(image.dtype)[:, :, None, None])
+
+
+@_operator(lambda image, weight, bias, scale, gain, down, dtype: _fake_rgb_output(image, weight, down, dtype))
+def _rgb_output(
+    image: Tensor, weight: Tensor, bias: Tensor, scale: float, bias_gain: float, down: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    out = F.leaky_relu(_before_activation(_rgb_product(image, weight), bias, scale, bias_gain), LEAKY_SLOPE)
+    return _padded_and_halved(out, torch.empty(0, dtype=dtype, device=image.device), down)
+
+
+@_operator(lambda x, image, weight, bias, scale, gain, down, dtype: _fake_rgb_output(image, weight, down, dtype))
+def _rgb_output_linearized(
+    x: Tensor, image: Tensor, weight: Tensor, bias: Tensor,
+    scale: float, bias_gain: float, down: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    slope = _slope(_before_activation(_rgb_product(image, weight), bias, scale, bias_gain), scale)
+    return _padded_and_halved(_rgb_product(x, weight) * slope, torch.empty(0, dtype=dtype, device=image.device), down)
+
+
+@_operator(lambda grad, down, image, factor, weight, *_: (torch.empty_like(image), _sums(image, 4, len(weight))))
+def _rgb_output_adjoint(
+    grad: Tensor, grad_down: Tensor | None, image: Tensor, factor: Tensor, weight: Tensor, bias: Tensor,
+    scale: float, bias_gain: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    pre = _before_activation(_rgb_product(image, weight), bias, scale, bias_gain)
+    h = torch.ops.aten.reflection_pad2d_backward(grad.to(pre.dtype), pre, [1] * 4)
+    if grad_down is not None:
+        h = h + _filtered_adjoint(grad_down.to(pre.dtype), pre.shape[2:])
+    h = h * _slope(pre)
+    grad_image = F.conv_transpose2d(h, weight.to(h.dtype)[:, :, None, None]) * scale
+    sums = [*torch.einsum("nchw,nkhw->kc", h, factor.to(h.dtype)), h.sum(dim=(0, 2, 3))]
+    return _stored(grad_image, image), torch.stack(sums)
+
+
+class _RgbOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(image, weight, bias)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        out: tuple[Tensor, Tensor] = _rgb_output(image, weight, bias, *options)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        image, weight, bias = ctx.saved_tensors
+        grad, grad_down = gradients
+        *_, down, dtype = ctx.options
+        height, width = image.shape[2:]
+        grad = grad if grad is not None else _empty(image, height + 2, width + 2, len(weight)).to(dtype).zero_()
+        grad_down = _last(grad_down) if down and grad_down is not None else None
+        grads = _RgbOutputAdjoint.apply(_last(grad), grad_down, image, weight, bias, *ctx.options)
+        of_image, of_weight, of_bias = grads
+        wanted = not _inputs_alone
+        return of_image, of_weight if wanted else None, of_bias if wanted else None, None, None, None, None
+
+
+class _RgbOutputAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, grad_down: Tensor | None, image: Tensor, weight: Tensor, bias: Tensor, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(grad, grad_down, image, weight, bias)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        scale, bias_gain, _, _ = options
+        of_image, sums = _rgb_output_adjoint(grad, grad_down, image, image, weight, bias, scale, bias_gain)
+        return of_image, (sums[:3].T * scale).to(weight.dtype), (sums[3] * bias_gain).to(bias.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, x: Tensor | None, of_weight: Tensor | None, of_bias: Tensor | None) -> Any:
+        grad, grad_down, image, weight, bias = ctx.saved_tensors
+        scale, bias_gain, _, dtype = ctx.options
+        # The gradient is linear in h = slope * (adjoint of padding and blur), which is linear in grad.
+        direction = torch.zeros_like(image) if x is None else _last(x)
+        options = (scale, bias_gain, grad_down is not None, dtype)
+        out, down = _rgb_output_linearized(direction, image, weight, bias, *options)
+        _, sums = _rgb_output_adjoint(grad, grad_down, image, direction, weight, bias, scale, bias_gain)
+        grad_weight, grad_image = (sums[:3].T * scale).to(weight.dtype), None
+        if of_weight is not None or of_bias is not None:
+            more = _of_weight_gradient(ctx, of_weight, of_bias)
+            out, grad_image = out + more[0], more[2]
+            down = down + more[1] if grad_down is not None else down
+        return out, down if grad_down is not None else None, grad_image, grad_weight, None, None, None, None, None
+
+
+def _of_weight_gradient(ctx: Any, of_weight: Tensor | None, of_bias: Tensor | None) -> list[Tensor]:
+    """What `_RgbOutputAdjoint`'s gradients at weight and bias depend on: grad, grad_down and image."""
+    grad, grad_down, image, weight, bias = ctx.saved_tensors
+    scale, bias_gain, _, dtype = ctx.options
+    pre = _before_activation(_rgb_product(image, weight), bias, scale, bias_gain)
+    h = torch.ops.aten.reflection_pad2d_backward(grad.to(pre.dtype), pre, [1] * 4)
+    if grad_down is not None:
+        h = h + _filtered_adjoint(grad_down.to(pre.dtype), pre.shape[2:])
+    slope = _slope(pre)
+    value = torch.zeros_like(pre) if of_weight is None else _rgb_product(image, of_weight) * scale
+    if of_bias is not None:
+        value = value + _per_channel(of_bias, value) * bias_gain
+    out, down = _padded_and_halved(value * slope, torch.empty(0, dtype=dtype, device=image.device), True)
+    of_image = torch.zeros_like(image)
+    if of_weight is not None:
+        of_image = F.conv_transpose2d(h * slope, of_weight.to(h.dtype)[:, :, None, None]) * scale
+    return [out, down, of_image.to(image.dtype)]
+
+
+def rgb_output(
+    image: Tensor, weight: Tensor, bias: Tensor, *, scale: float, bias_gain: float, down: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """``leaky_relu(weight @ image * scale + bias * bias_gain)`` in the form of `block_output`.
+
+    Args:
+        image: ``[N, 3, H, W]`` float32 or float64.
+        weight: ``[C, 3]``.
+        bias: ``[C]``.
+        scale: of the product.
+        bias_gain: of the bias.
+        down: whether the second result is wanted.
+        dtype: of the results.
+    """
+    out, halved = _RgbOutput.apply(_last(image), weight.contiguous(), bias, scale, bias_gain, down, dtype)
+    return out, halved if down else None
+
+
 # --- output of a styled convolution ---
 
 
@@ -385,7 +522,7 @@ def _styled(
     return _stored(_plain_styled(z, demodulation, noise, strength, bias, style, blurred), z)
 
 
-@_operator(lambda grad, z, *_: (torch.empty_like(grad), _float32(z, z.shape[0], 4, z.shape[1])))
+@_operator(lambda grad, z, *_: (torch.empty_like(grad), _sums(z, z.shape[0], 4, z.shape[1])))
 def _styled_adjoint(
     grad: Tensor, z: Tensor, demodulation: Tensor, noise: Tensor, strength: Tensor, bias: Tensor,
     style: Tensor | None, blurred: bool,
@@ -397,7 +534,7 @@ def _styled_adjoint(
     of_style = torch.zeros_like(h) if style is None else h * F.leaky_relu(pre, LEAKY_SLOPE)
     h = (h if style is None else h * _per_channel(style, h)) * _slope(pre)
     sums = [x.sum(dim=(2, 3)) for x in (h, h * wide, h * noise.to(h.dtype), of_style)]
-    return _stored(h * _per_channel(demodulation, h), grad), torch.stack(sums, dim=1).float()
+    return _stored(h * _per_channel(demodulation, h), grad), torch.stack(sums, dim=1)
 
 
 class _Styled(torch.autograd.Function):
@@ -546,7 +683,7 @@ def _heads(
 
 
 def _fake_heads_adjoint(rgb: Tensor, masks: Tensor, features: Tensor, weight: Tensor, *_: Any) -> Any:
-    return torch.empty_like(features), _float32(weight, *weight.shape), _float32(weight, 2, weight.shape[1])
+    return torch.empty_like(features), _sums(weight, *weight.shape), _sums(weight, 2, weight.shape[1])
 
 
 @_operator(_fake_heads_adjoint)
@@ -567,7 +704,7 @@ def _heads_adjoint(
     of_features = torch.einsum("nohw,noc->nchw", of_pre, w)
     of_weight = torch.einsum("nohw,nchw->noc", of_pre, x)
     sums = torch.stack([of_pre.sum(dim=(0, 2, 3)), (of_pre * noise).sum(dim=(0, 2, 3))])
-    return _stored(of_features, features), of_weight.float(), sums.float()
+    return _stored(of_features, features), of_weight, sums
 
 
 class _Heads(torch.autograd.Function):
@@ -699,7 +836,7 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
 # --- random numbers ---
 
 
-@_operator(lambda seeds, num: _float32(seeds, len(seeds), num))
+@_operator(lambda seeds, num: torch.empty(len(seeds), num, device=seeds.device))
 def _normal(seeds: Tensor, num: int) -> Tensor:
     rows = [torch.randn(num, generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
     return torch.stack(rows)

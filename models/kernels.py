@@ -247,6 +247,94 @@ def block_output_backward(
 
 
 @triton.jit
+def _rgb_product(image, weight, n, y, xs, cs, height, width, channels):
+    """``weight @ image`` at pixels `xs` of row y, the pixels' three values, and which pixels lie within."""
+    inside = (y + xs * 0 >= 0) & (y + xs * 0 < height) & (xs >= 0) & (xs < width)
+    row = _row(image, n, y, height, width, 3)
+    red = _wide(tl.load(row + xs * 3, mask=inside, other=0.0))
+    green = _wide(tl.load(row + xs * 3 + 1, mask=inside, other=0.0))
+    blue = _wide(tl.load(row + xs * 3 + 2, mask=inside, other=0.0))
+    w_red = _wide(tl.load(weight + cs * 3, mask=cs < channels, other=0.0))[None, :]
+    w_green = _wide(tl.load(weight + cs * 3 + 1, mask=cs < channels, other=0.0))[None, :]
+    w_blue = _wide(tl.load(weight + cs * 3 + 2, mask=cs < channels, other=0.0))[None, :]
+    product = red[:, None] * w_red + green[:, None] * w_green + blue[:, None] * w_blue
+    return product, red, green, blue, inside
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def rgb_reflect(
+    image, value_image, weight, bias, y, height, width, channels, scale, bias_gain,
+    LINEAR: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``leaky(weight @ image * scale + bias)``, padded by one reflected pixel on each side.
+
+    With `LINEAR`, its derivative at `image`, applied to `value_image`.
+    """
+    tiles = tl.cdiv(width + 2, BLOCK_W)
+    n, out_y = tl.program_id(2), tl.program_id(1)
+    out_xs = (tl.program_id(0) % tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
+    cs = (tl.program_id(0) // tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = tl.abs(out_y - 1)
+    at = tl.where(at >= height, 2 * height - 2 - at, at)
+    xs = tl.abs(out_xs - 1)
+    xs = tl.where(xs >= width, 2 * width - 2 - xs, xs)
+    pre, _, _, _, _ = _rgb_product(image, weight, n, at, xs, cs, height, width, channels)
+    pre = pre * scale + _bias(bias, cs, channels, bias_gain)
+    if LINEAR:
+        value, _, _, _, _ = _rgb_product(value_image, weight, n, at, xs, cs, height, width, channels)
+        value = value * (_slope(pre) * scale)
+    else:
+        value = _leaky(pre)
+    row = _row(y, n, out_y, height + 2, width + 2, channels)
+    _store(row, value, out_y, out_xs, cs, height + 2, width + 2, channels)
+
+
+@triton.jit(do_not_specialize=["height", "width", "down_height", "down_width"])
+def rgb_output_backward(
+    grad, grad_down, image, factor, weight, bias, grad_image, sums,
+    height, width, channels, down_height, down_width, scale, bias_gain,
+    DOWN: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Adjoint of `rgb_reflect` followed by `inner_blur_down`.
+
+    With h the gradient before the leaky ReLU: ``weight.T @ h`` of each pixel, and the sums over pixels of h times each
+    value of `factor`, an image, and of h. A program works on all channels of its pixels.
+    """
+    tile, n, strip = tl.program_id(0), tl.program_id(2), tl.program_id(1)
+    xs, cs = tile * BLOCK_W + tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_C)
+    b = _bias(bias, cs, channels, bias_gain)
+    w_red = _wide(tl.load(weight + cs * 3, mask=cs < channels, other=0.0))[None, :]
+    w_green = _wide(tl.load(weight + cs * 3 + 1, mask=cs < channels, other=0.0))[None, :]
+    w_blue = _wide(tl.load(weight + cs * 3 + 2, mask=cs < channels, other=0.0))[None, :]
+    sum_h = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    sum_red, sum_green, sum_blue = sum_h, sum_h, sum_h
+    for i in range(ROWS):
+        y = strip * ROWS + i
+        ys = y + xs * 0
+        h = _folded_columns(grad, n, y + 1, ys < height, xs, cs, height, width, channels)
+        h += _folded_columns(grad, n, 0, (ys == 1) & (ys < height), xs, cs, height, width, channels)
+        h += _folded_columns(grad, n, height + 1, ys == height - 2, xs, cs, height, width, channels)
+        if DOWN:
+            h += _spread_down(grad_down, n, y, xs, cs, down_height, down_width, channels)
+        pre, _, _, _, inside = _rgb_product(image, weight, n, y, xs, cs, height, width, channels)
+        h = tl.where(inside[:, None], h * _slope(pre * scale + b), 0.0)
+        _, red, green, blue, _ = _rgb_product(factor, weight, n, y, xs, cs, height, width, channels)
+        sum_h += h.to(tl.float32)
+        sum_red += (h * red[:, None]).to(tl.float32)
+        sum_green += (h * green[:, None]).to(tl.float32)
+        sum_blue += (h * blue[:, None]).to(tl.float32)
+        row = _row(grad_image, n, y, height, width, 3)
+        tl.store(row + xs * 3, tl.sum(h * w_red, axis=1) * scale, mask=inside)
+        tl.store(row + xs * 3 + 1, tl.sum(h * w_green, axis=1) * scale, mask=inside)
+        tl.store(row + xs * 3 + 2, tl.sum(h * w_blue, axis=1) * scale, mask=inside)
+    at = sums + ((n * tl.num_programs(1) + strip) * tl.num_programs(0) + tile) * 4 * channels + cs
+    tl.store(at, tl.sum(sum_red, axis=0), mask=cs < channels)
+    tl.store(at + channels, tl.sum(sum_green, axis=0), mask=cs < channels)
+    tl.store(at + 2 * channels, tl.sum(sum_blue, axis=0), mask=cs < channels)
+    tl.store(at + 3 * channels, tl.sum(sum_h, axis=0), mask=cs < channels)
+
+
+@triton.jit
 def _per_sample(pointer, n, cs, channels):
     """Row n of ``[N, C]``."""
     return _wide(tl.load(pointer + n * channels + cs, mask=cs < channels, other=0.0))[None, :]

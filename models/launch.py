@@ -88,13 +88,17 @@ def _launch_block_output(
         z, x, skip, bias, y, height, width, channels, scale, skip_scale, bias_gain,
         LINEAR=x is not None, SKIP=skip is not None, **block,
     )  # fmt: skip
-    if not down:
-        return y, z.new_empty(0)
-    half_height, half_width = (height - 2) // 2 + 1, (width - 2) // 2 + 1
-    halved = _empty(z, channels, half_height, half_width)
+    return y, _inner_blur_down(y) if down else z.new_empty(0)
+
+
+def _inner_blur_down(y: Tensor) -> Tensor:
+    """Blur with stride 2 of what is inside a border of one pixel."""
+    n, channels, height, width = y.shape
+    half_height, half_width = (height - 4) // 2 + 1, (width - 4) // 2 + 1
+    halved = _empty(y, channels, half_height, half_width)
     grid, block = _strips(n, channels, half_height, half_width)
-    kernels.inner_blur_down[grid](y, halved, height, width, channels, half_height, half_width, **block)
-    return y, halved
+    kernels.inner_blur_down[grid](y, halved, height - 2, width - 2, channels, half_height, half_width, **block)
+    return halved
 
 
 def block_output_adjoint(
@@ -113,6 +117,56 @@ def block_output_adjoint(
         scale, skip_scale, bias_gain, DOWN=grad_down is not None, SKIP=skip, **block,
     )  # fmt: skip
     return grad_z, grad_skip, sums.sum(dim=0)
+
+
+def rgb_output(
+    image: Tensor, weight: Tensor, bias: Tensor, scale: float, bias_gain: float, down: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See `models.fused_ops.rgb_output`."""
+    return _launch_rgb_output(image, None, weight, bias, scale, bias_gain, down, dtype)
+
+
+def rgb_output_linearized(
+    x: Tensor, image: Tensor, weight: Tensor, bias: Tensor,
+    scale: float, bias_gain: float, down: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Its derivative at the image, applied to x."""
+    return _launch_rgb_output(image, x, weight, bias, scale, bias_gain, down, dtype)
+
+
+def _launch_rgb_output(
+    image: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor,
+    scale: float, bias_gain: float, down: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n, _, height, width = image.shape
+    channels = len(weight)
+    y = _empty(image, channels, height + 2, width + 2, dtype)
+    (across, _, _), block = _strips(n, channels, height + 2, width + 2)
+    del block["ROWS"]
+    kernels.rgb_reflect[across, height + 2, n](
+        image, x, weight, bias, y, height, width, channels, scale, bias_gain, LINEAR=x is not None, **block
+    )
+    return y, _inner_blur_down(y) if down else y.new_empty(0)
+
+
+def rgb_output_adjoint(
+    grad: Tensor, grad_down: Tensor | None, image: Tensor, factor: Tensor, weight: Tensor, bias: Tensor,
+    scale: float, bias_gain: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradient at the image, and the sums over images and pixels ``[4, C]`` of `models.kernels.rgb_output_backward`."""
+    n, _, height, width = image.shape
+    channels = len(weight)
+    grad_image = torch.empty_like(image)
+    block_c = triton.next_power_of_2(channels)
+    block = {"ROWS": ROWS, "BLOCK_W": max(1, BLOCK_ELEMENTS // block_c), "BLOCK_C": block_c, "num_warps": NUM_WARPS}
+    grid = triton.cdiv(width, block["BLOCK_W"]), triton.cdiv(height, ROWS), n
+    sums = _partial_sums(grad, 4 * channels, width, grid, block)
+    down_height, down_width = (1, 1) if grad_down is None else grad_down.shape[2:]
+    kernels.rgb_output_backward[grid](
+        grad, grad_down, image, factor, weight, bias, grad_image, sums,
+        height, width, channels, down_height, down_width, scale, bias_gain, DOWN=grad_down is not None, **block,
+    )  # fmt: skip
+    return grad_image, sums.sum(dim=0).view(4, channels)
 
 
 def styled(
@@ -217,10 +271,9 @@ def normal(seeds: Tensor, num: int) -> Tensor:
     return out
 
 
-def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    return torch.empty(
-        len(like), channels, height, width, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
+def _empty(like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    shape = len(like), channels, height, width
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _strips(n: int, channels: int, height: int, width: int) -> tuple[tuple[int, int, int], dict[str, int]]:
