@@ -1,14 +1,13 @@
-"""How a training step would scale over many GPUs: a model on paper, from counted work and assumed rates.
+"""A model of training on many GPUs: counted work and measured rates. Needs torch alone.
 
-Counted are FLOPs, bytes and operators of the networks as they are, without computing them (torch's fake tensors), and
-the bytes of their gradients. Assumed are the rates of `Cluster`. Each operator takes what its arithmetic, its traffic
-with memory or its launch takes, whichever is longest (a roofline); gradients are reduced in buckets behind the backward
-pass. Nothing of this was measured on a GPU. Needs torch alone.
+FLOPs, bytes and operators are counted from the networks as a GPU computes them, without computing them (torch's fake
+tensors). The rates in `Cluster` were measured on one H100, but for those of the network and of a kernel's start, which
+are assumed. An operator takes what its arithmetic, its traffic with memory or its start takes, whichever is longest (a
+roofline). Gradients are reduced after the backward pass, as `pipeline/all_reduce.py` does.
 """
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models import ops
+from models import fused
 from pipeline.architecture import make_discriminator, make_generator
 from pipeline.config import Config
 from pipeline.costs import Counter
@@ -30,38 +29,37 @@ minibatch-stddev group, a few copies are not made."""
 UPDATE_BYTES = 36
 """Memory traffic of a parameter's update: the gradient read for its norm and cleared, Adam reading 4 and writing 3."""
 
+FLATTEN_BYTES = 20
+"""Of a parameter, where its gradient goes into one buffer, is divided and comes back."""
+
 EMA_BYTES = 12
 """Of a parameter of G, for its average."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is assumed of the machines; by default nodes of eight H100 (SXM), one InfiniBand adapter each.
+    """The machines; by default nodes of eight H100 (SXM), one InfiniBand adapter each.
 
     Attributes:
         gpus_per_node: GPUs in a node.
-        bf16_flop_per_s: of convolutions in bfloat16: 40 % of the peak of 989e12.
-        tf32_flop_per_s: of R1's convolutions, float32 in TF32: 40 % of the peak of 495e12.
-        memory_bytes_per_s: 70 % of 3.35e12.
-        launch_s: least time of an operator, which the host launches one by one.
-        nvlink_bytes_per_s: of a GPU in a node, in each direction: 80 % of 450e9.
+        bf16_flop_per_s: of convolutions in bfloat16. cuDNN reached 448e12 to 820e12 at most of config f's sizes.
+        memory_bytes_per_s: of all other operators: two thirds of the 3.0e12 that a copy reached.
+        launch_s: least time of a kernel in a CUDA graph; assumed.
+        nvlink_bytes_per_s: of a GPU in a node, in each direction: 80 % of 450e9; assumed.
         adapters: InfiniBand adapters of a node.
-        adapter_bytes_per_s: of each of them, in each direction: 90 % of 400 Gb/s.
-        latency_s: of a hop of a reduction.
-        bucket_bytes: gradients reduced at a time; DDP's default.
+        adapter_bytes_per_s: of each of them, in each direction: 90 % of 400 Gb/s; assumed.
+        latency_s: of a hop of a reduction; assumed.
         gradient_bytes: of an element of a gradient on its way.
     """
 
     gpus_per_node: int = 8
-    bf16_flop_per_s: float = 0.4 * 989e12
-    tf32_flop_per_s: float = 0.4 * 495e12
-    memory_bytes_per_s: float = 0.7 * 3.35e12
-    launch_s: float = 5e-6
+    bf16_flop_per_s: float = 650e12
+    memory_bytes_per_s: float = 2.0e12
+    launch_s: float = 2e-6
     nvlink_bytes_per_s: float = 0.8 * 450e9
     adapters: int = 1
     adapter_bytes_per_s: float = 0.9 * 400e9 / 8
     latency_s: float = 5e-6
-    bucket_bytes: int = 25 * 2**20
     gradient_bytes: int = 4
 
     def all_reduce_s(self, num_bytes: float, num_gpus: int) -> float:
@@ -102,8 +100,6 @@ class PhaseWork:
     Attributes:
         name: of the phase.
         interval: iterations between its steps.
-        second_order: whether it is computed in float32.
-        num_forward: operators before the backward pass.
         fixed: ``[operators, 2]`` FLOPs and bytes of each that do not depend on the batch; float64.
         per_image: ``[operators, 2]``, those of each image of the rank's batch.
         num_parameters: that it trains.
@@ -112,8 +108,6 @@ class PhaseWork:
 
     name: str
     interval: int
-    second_order: bool
-    num_forward: int
     fixed: Tensor
     per_image: Tensor
     num_parameters: int
@@ -124,24 +118,21 @@ class PhaseWork:
         """Of a step."""
         return float(self.per_image[:, 0].sum())
 
-    def compute_s(self, batch: int, cluster: Cluster) -> tuple[float, float]:
-        """Seconds of the forward pass and of the backward pass with its update, of `batch` images on a GPU."""
-        rate = cluster.tf32_flop_per_s if self.second_order else cluster.bf16_flop_per_s
+    def compute_s(self, batch: int, cluster: Cluster) -> float:
+        """Seconds of a step of `batch` images on a GPU, with its update."""
         flops, num_bytes = (self.fixed + batch * self.per_image).unbind(dim=1)
-        seconds = torch.maximum(flops / rate, num_bytes / cluster.memory_bytes_per_s).clamp(min=cluster.launch_s)
+        seconds = torch.maximum(flops / cluster.bf16_flop_per_s, num_bytes / cluster.memory_bytes_per_s)
         update = self.num_parameters * UPDATE_BYTES / cluster.memory_bytes_per_s
-        return float(seconds[: self.num_forward].sum()), float(seconds[self.num_forward :].sum()) + update
+        return float(seconds.clamp(min=cluster.launch_s).sum()) + update
 
-    def reduction_s(self, batch: int, num_gpus: int, cluster: Cluster) -> tuple[float, float]:
-        """Seconds of reducing the gradients, and the part of them that the backward pass cannot hide."""
+    def reduction_s(self, num_gpus: int, cluster: Cluster) -> float:
+        """Seconds of reducing the gradients, and the few numbers that go with them."""
+        if num_gpus == 1:
+            return 0.0
         num_bytes = self.num_parameters * cluster.gradient_bytes
-        num_buckets = math.ceil(num_bytes / cluster.bucket_bytes)
-        bucket_s = cluster.all_reduce_s(num_bytes / num_buckets, num_gpus)
         small_s = self.num_small_reductions * cluster.all_reduce_s(4.0, num_gpus)
-        _, backward_s = self.compute_s(batch, cluster)
-        # A bucket is ready when its gradients are: the last one when nothing is left to hide it.
-        hidden = min(bucket_s, backward_s / num_buckets) * (num_buckets - 1)
-        return num_buckets * bucket_s + small_s, num_buckets * bucket_s - hidden + small_s
+        flattened_s = FLATTEN_BYTES * self.num_parameters / cluster.memory_bytes_per_s
+        return cluster.all_reduce_s(num_bytes, num_gpus) + flattened_s + small_s
 
 
 @dataclass(frozen=True)
@@ -151,19 +142,17 @@ class Iteration:
     Attributes:
         images: of the global batch.
         compute_s: computing.
-        reduction_s: reducing gradients.
-        exposed_s: the part of it for which the GPUs wait.
+        reduction_s: reducing gradients, for which the GPUs wait.
     """
 
     images: int
     compute_s: float
     reduction_s: float
-    exposed_s: float
 
     @property
     def seconds(self) -> float:
         """In all."""
-        return self.compute_s + self.exposed_s
+        return self.compute_s + self.reduction_s
 
     @property
     def img_per_s(self) -> float:
@@ -173,19 +162,17 @@ class Iteration:
 
 def iteration(phases: Iterable[PhaseWork], batch: int, num_gpus: int, cluster: Cluster) -> Iteration:
     """Predict an iteration with `batch` images on each of `num_gpus`."""
-    compute_s = reduction_s = exposed_s = 0.0
+    compute_s = reduction_s = 0.0
     for phase in phases:
-        reducing, exposed = phase.reduction_s(batch, num_gpus, cluster)
-        compute_s += sum(phase.compute_s(batch, cluster)) / phase.interval
-        reduction_s += reducing / phase.interval
-        exposed_s += exposed / phase.interval
+        compute_s += phase.compute_s(batch, cluster) / phase.interval
+        reduction_s += phase.reduction_s(num_gpus, cluster) / phase.interval
         if phase.name == "g_main":
             compute_s += phase.num_parameters * EMA_BYTES / cluster.memory_bytes_per_s
-    return Iteration(batch * num_gpus, compute_s, reduction_s, exposed_s)
+    return Iteration(batch * num_gpus, compute_s, reduction_s)
 
 
 def count(config: Config) -> list[PhaseWork]:
-    """Count what the phases of a configuration do, without doing it; half precision where training has it on a GPU."""
+    """Count what the phases of a configuration do on a GPU, without doing it."""
     generator, discriminator = make_generator(config), make_discriminator(config)
     networks = Networks(generator, discriminator, generator, discriminator)
     counted = []
@@ -194,15 +181,13 @@ def count(config: Config) -> list[PhaseWork]:
         generator.requires_grad_(phase.trains == "generator")
         discriminator.requires_grad_(phase.trains == "discriminator")
         few, many = (_work(phase, networks, trained, config, batch) for batch in COUNTED_AT)
-        assert few[0] == many[0] and few[1].shape == many[1].shape, "the batch changes which operators run"
-        per_image = (many[1] - few[1]) / (COUNTED_AT[1] - COUNTED_AT[0])
+        assert few.shape == many.shape, "the batch changes which operators run"
+        per_image = (many - few) / (COUNTED_AT[1] - COUNTED_AT[0])
         counted.append(
             PhaseWork(
                 name=phase.name,
                 interval=phase.interval,
-                second_order=phase.second_order,
-                num_forward=few[0],
-                fixed=few[1] - COUNTED_AT[0] * per_image,
+                fixed=few - COUNTED_AT[0] * per_image,
                 per_image=per_image,
                 num_parameters=sum(p.numel() for p in trained.parameters()),
                 num_small_reductions=num_small_reductions(phase, config),
@@ -218,20 +203,10 @@ def num_small_reductions(phase: Phase, config: Config) -> int:
     return 4 if config.loss.area_over_batch else 2
 
 
-@contextlib.contextmanager
-def _own_constants() -> Iterator[None]:
-    """The filters that `models.ops` makes once are neither counted in one run alone, nor left behind as fakes."""
-    ops._binomial_filter.cache_clear()
-    try:
-        yield
-    finally:
-        ops._binomial_filter.cache_clear()
-
-
-def _work(phase: Phase, networks: Networks, trained: nn.Module, config: Config, batch: int) -> tuple[int, Tensor]:
-    """Operators of the forward pass, and FLOPs and bytes of all, ``[operators, 2]``."""
+def _work(phase: Phase, networks: Networks, trained: nn.Module, config: Config, batch: int) -> Tensor:
+    """FLOPs and bytes of all operators, ``[operators, 2]``."""
     generator = networks.generator
-    with _own_constants(), FakeTensorMode(allow_non_fake_inputs=True):
+    with fused.on_every_device(), FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(batch, 3, config.resolution, config.resolution)
         draw = None
         if phase.stream is not None:
@@ -239,8 +214,7 @@ def _work(phase: Phase, networks: Networks, trained: nn.Module, config: Config, 
         with _Operators() as operators:
             # At iteration 0 every term is due.
             step = Step(networks, replace(config.loss, consistency_start=0), 0, images, draw)
-            with torch.autocast("cpu", torch.bfloat16, enabled=not phase.second_order):
+            with torch.autocast("cpu", torch.bfloat16):
                 result = phase.compute(step)
-            num_forward = len(operators.work)
             torch.autograd.grad(result.loss, list(trained.parameters()))
-    return num_forward, torch.tensor(operators.work, dtype=torch.float64)
+    return torch.tensor(operators.work, dtype=torch.float64)

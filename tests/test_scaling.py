@@ -13,7 +13,7 @@ from helpers import PIPES
 from test_bench import OTHERS
 
 from data_shards.errors import UserError
-from models import ops
+from models import fused
 from pipeline import bench_ranks
 from pipeline.config import Config, preset
 from pipeline.costs import Counter
@@ -63,15 +63,13 @@ def test_work_is_counted_as_where_it_is_done(config: Config, work: list[PhaseWor
     images = torch.zeros(batch, 3, config.resolution, config.resolution)
     assert [phase.name for phase in work] == ["d_main", "d_r1", "g_main"]
     for phase, counted in zip(learner.phases, work, strict=True):
-        with Counter() as counter:
+        with Counter() as counter, fused.on_every_device():
             learner.run(phase, 0, images, range(batch))
-        # In training, backward() also takes the gradient of R1's pictures, which no one needs.
         counted_flops = float((counted.fixed + batch * counted.per_image)[:, 0].sum())
-        assert counted_flops == pytest.approx(counter.flops, rel=2e-3 if phase.second_order else 1e-9)
+        assert counted_flops == pytest.approx(counter.flops, rel=1e-9)
         assert counted.flops_per_image * batch == pytest.approx(counter.flops, rel=0.01)
         network = getattr(learner, phase.trains)
         assert counted.num_parameters == sum(p.numel() for p in network.parameters())
-    ops.blur(torch.zeros(1, 1, 4, 4), padding=1).sum().item()  # no fake filter was left behind
 
 
 def test_reduction_takes_what_rings_take() -> None:
@@ -83,40 +81,37 @@ def test_reduction_takes_what_rings_take() -> None:
 
 
 def hand_made(**changes: object) -> PhaseWork:
-    """Two operators, one of each pass: 100 FLOPs, and 50 bytes of weights and 10 an image."""
+    """Two operators: 100 and 200 FLOPs an image, and each 50 bytes of weights and 10 an image."""
     one = torch.tensor([[0.0, 50.0], [0.0, 50.0]]), torch.tensor([[100.0, 10.0], [200.0, 10.0]])
-    phase = PhaseWork("d_main", 1, False, 1, *(x.double() for x in one), num_parameters=1000, num_small_reductions=0)
+    phase = PhaseWork("d_main", 1, *(x.double() for x in one), num_parameters=1000, num_small_reductions=0)
     return replace(phase, **changes)  # type: ignore[arg-type]
 
 
-def test_an_operator_takes_its_arithmetic_its_bytes_or_its_launch() -> None:
-    slow = Cluster(bf16_flop_per_s=100.0, tf32_flop_per_s=50.0, memory_bytes_per_s=1e9, launch_s=0.0)
-    assert hand_made().compute_s(4, slow) == pytest.approx((4.0, 8.0), rel=1e-3)
-    assert hand_made(second_order=True).compute_s(4, slow) == pytest.approx((8.0, 16.0), rel=1e-3)
+def test_an_operator_takes_its_arithmetic_its_bytes_or_its_start() -> None:
+    slow = Cluster(bf16_flop_per_s=100.0, memory_bytes_per_s=1e9, launch_s=0.0)
+    assert hand_made().compute_s(4, slow) == pytest.approx(4.0 + 8.0, rel=1e-3)
     narrow = replace(slow, bf16_flop_per_s=1e9, memory_bytes_per_s=10.0)
     update = 36 * 1000 / 10
-    assert hand_made().compute_s(4, narrow) == pytest.approx((9.0, 9.0 + update))
-    assert hand_made().compute_s(4, replace(slow, bf16_flop_per_s=1e9, launch_s=7.0))[0] == 7.0
+    assert hand_made().compute_s(4, narrow) == pytest.approx(9.0 + 9.0 + update)
+    assert hand_made().compute_s(4, replace(slow, bf16_flop_per_s=1e9, launch_s=7.0)) == pytest.approx(14.0, rel=1e-3)
 
 
-def test_all_buckets_but_the_last_hide_behind_the_backward_pass() -> None:
-    cluster = Cluster(
-        bf16_flop_per_s=100.0, memory_bytes_per_s=1e9, launch_s=0.0, nvlink_bytes_per_s=1e3, latency_s=0.0,
-        bucket_bytes=1000,
-    )  # fmt: skip
-    # 4,000 bytes in four buckets of 1.5 s on four GPUs.
-    reducing, exposed = hand_made().reduction_s(batch=8, num_gpus=4, cluster=cluster)
-    assert (reducing, exposed) == pytest.approx((6.0, 1.5))  # 16 s of backward pass hide three
-    reducing, exposed = hand_made().reduction_s(batch=1, num_gpus=4, cluster=cluster)
-    assert (reducing, exposed) == pytest.approx((6.0, 6.0 - 3 * 0.5), rel=1e-3)  # 2 s of it hide 0.5 s of each
-    one_bucket = replace(cluster, bucket_bytes=10**6)
-    assert hand_made().reduction_s(batch=8, num_gpus=4, cluster=one_bucket) == pytest.approx((6.0, 6.0))
-    assert hand_made().reduction_s(batch=8, num_gpus=1, cluster=cluster) == (0.0, 0.0)
+def test_gradients_are_reduced_after_the_backward_pass() -> None:
+    cluster = Cluster(memory_bytes_per_s=1e9, nvlink_bytes_per_s=1e3, latency_s=0.0)
+    # 4,000 bytes on four GPUs, each of which sends 3/4 of them twice.
+    assert hand_made().reduction_s(4, cluster) == pytest.approx(6.0, rel=1e-3)
+    assert hand_made().reduction_s(1, cluster) == 0.0
+
+
+def test_on_eight_gpus_reducing_takes_less_than_three_percent() -> None:
+    """With 16 images of 256 px on each, the networks of `ffhq`; the claim of `pipeline/all_reduce.py`."""
+    predicted = iteration(count(preset("ffhq", data="none")), 16, 8, CLUSTER)
+    assert 0.0 < predicted.reduction_s < 0.03 * predicted.seconds
 
 
 def test_more_gpus_are_never_faster_than_their_number(work: list[PhaseWork]) -> None:
     alone = iteration(work, 8, 1, CLUSTER)
-    assert alone.exposed_s == 0.0 and alone.seconds > 0.0
+    assert alone.reduction_s == 0.0 and alone.seconds > 0.0
     efficiencies = [iteration(work, 8, num, CLUSTER).img_per_s / num / alone.img_per_s for num in (1, 8, 16, 64, 256)]
     assert efficiencies == sorted(efficiencies, reverse=True) and 0 < efficiencies[-1] < efficiencies[0] == 1.0
 
