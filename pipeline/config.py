@@ -197,7 +197,8 @@ class Config(_Section):
     """Most gigabytes of fetched shards to keep. A set that fits is shuffled whole, a larger one by windows of shards:
     that in use and the next one must fit."""
     precision: Precision = "auto"
-    """Of convolutions; auto: bf16 on GPUs that have it, else fp32. Statistics, R1, losses and Adam are always fp32."""
+    """Of convolutions and activations; auto: bf16 on GPUs that have it, else fp32. Statistics, masks, RGB, losses and
+    Adam are always fp32, and so is R1 on CPUs."""
     recompute: bool = False
     """Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time."""
     cuda_graphs: bool = True

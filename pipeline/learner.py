@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from data_shards.order import GROUP_SIZE
+from models import fused
 from models.fused import has_triton
 from pipeline.architecture import make_discriminator, make_generator
 from pipeline.clock import PhaseClock
@@ -185,8 +186,6 @@ class Learner:
         if phase.stream is not None:
             seeds = sample_seeds(self._config.seed, phase.stream, iteration, parts.reshape(-1))
             inputs["seeds"] = seeds.view(num, -1)
-        if self._device.type == "cuda":
-            inputs |= {name: x.pin_memory() for name, x in inputs.items() if name != "images"}
         if self._scribbled is not None:  # one a column of the global batch, in turn
             numbers = iteration * (self._config.batch // GROUP_SIZE) + parts[:, 0]
             taken = self._scribbled.taken(numbers.reshape(-1), seed=self._config.seed, mirror=self._config.flip)
@@ -215,8 +214,8 @@ class Learner:
 
     @contextlib.contextmanager
     def _modes(self, phase: Phase) -> Iterator[None]:
-        """In half precision or as it is."""
-        half = self._bfloat16 and not phase.second_order
+        """In half precision or as it is; R1 in half precision only where the operators round once a layer."""
+        half = self._bfloat16 and (not phase.second_order or fused.applies(self.guard.tripped))
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
             yield
 
@@ -257,7 +256,7 @@ class Learner:
         decay = ema_decay(config.batch, config.optimizer.ema_halflife_images, images_seen, config.optimizer.ema_rampup)
         if self._graphs is None:
             return self._move_ema(1.0 - decay)
-        share = torch.tensor(1.0 - decay).pin_memory()
+        share = torch.tensor(1.0 - decay)
         self._graphs.run("ema", lambda inputs: self._move_ema(inputs["share"]), {"share": share})
         return None
 

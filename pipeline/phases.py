@@ -149,7 +149,7 @@ class Phase:
         trains: whose parameters move.
         interval: due every so many iterations.
         stream: of the random numbers that it needs, if any.
-        second_order: whether it differentiates a gradient: always in float32, and torch.compile cannot.
+        second_order: whether it differentiates a gradient.
         compute: forward pass and loss terms.
         survey: a mean over a micro-batch, without gradients, that has to be known of all of them before the first one's
             gradients can be.
