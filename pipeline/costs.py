@@ -16,6 +16,21 @@ from torch.utils.flop_counter import flop_registry
 
 MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 
+PEAK_TFLOP_PER_S = {
+    "B200": 2250.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+}
+"""Dense bfloat16 matrix products with float32 sums, from NVIDIA's data sheets, by a part of the GPU's name; the first
+part that fits counts."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -86,6 +101,18 @@ def matmul_flop_per_s(device: torch.device, dtype: torch.dtype) -> float:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         best = max(best, *(2 * n**3 / seconds_of(lambda: a @ b, device) for _ in range(3)))  # noqa: B023
     return best
+
+
+def peak_flop_per_s(device: torch.device) -> float | None:
+    """Most FLOP/s that the maker states for a device, in bfloat16; None for a CPU and for a GPU that is not listed."""
+    if device.type != "cuda":
+        return None
+    return peak_of_gpu(torch.cuda.get_device_name(device))
+
+
+def peak_of_gpu(name: str) -> float | None:
+    """`peak_flop_per_s` of a GPU, by its name."""
+    return next((peak * 1e12 for part, peak in PEAK_TFLOP_PER_S.items() if part in name), None)
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
