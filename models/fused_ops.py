@@ -593,8 +593,15 @@ def styled(
     Returns:
         ``[N, C, H', W']``.
     """
-    out: Tensor = _Styled.apply(_last(z), demodulation, noise, strength, bias, style, blurred)
+    demodulation = demodulation.contiguous()
+    style = None if style is None else style.contiguous()
+    out: Tensor = _Styled.apply(_last(z), demodulation, _maps(noise), strength, bias, style, blurred)
     return out
+
+
+def _maps(noise: Tensor) -> Tensor:
+    """Noise whose maps are contiguous, as those of `FurryGenerator.noise_maps` are; any stride between samples."""
+    return noise if noise.stride()[2:] == (noise.shape[3], 1) else noise.contiguous()
 
 
 # --- demodulation ---
@@ -747,7 +754,12 @@ def heads(
         RGB ``[N, 3, H, W]``, linear, and for the coarse and the fine mask the mean over its channels of ``relu(weight @
         features + bias + noise * strength * sqrt(2))``, ``[N, 2, H, W]``; float32.
     """
-    out: tuple[Tensor, Tensor] = _Heads.apply(_last(features), weight, bias, noise_coarse, noise_fine, strengths)
+    noise_coarse, noise_fine = _maps(noise_coarse), _maps(noise_fine)
+    if noise_coarse.stride(0) != noise_fine.stride(0):
+        noise_coarse, noise_fine = noise_coarse.contiguous(), noise_fine.contiguous()
+    out: tuple[Tensor, Tensor] = _Heads.apply(
+        _last(features), weight.contiguous(), bias, noise_coarse, noise_fine, strengths
+    )
     return out
 
 
