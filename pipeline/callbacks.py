@@ -15,6 +15,8 @@ from data_shards.progress import progress_bar
 from pipeline.background import Background
 from pipeline.checkpoints import BEST, checkpoint_path, copy_to_host, prune_checkpoints, save_checkpoint
 from pipeline.config import LogConfig
+from pipeline.costs import peak_flop_per_s
+from pipeline.distributed import num_ranks
 from pipeline.evaluation import PseudoTruth, generated_mask_metrics, real_mask_prediction_metrics
 from pipeline.evaluation.ranks import in_order
 from pipeline.randomness import Stream, draw
@@ -75,16 +77,14 @@ class Progress:
         measured = trainer.meter.read(trainer.accelerator)
         if self._tracker is None or not measured:
             return
-        seconds = time.perf_counter() - self._since
         loss = trainer.config.loss
         metrics = measured | {
             "schedule/fade_in": trainer.fade_in,
             "schedule/lambda_bin": linear_ramp(
                 trainer.iteration, loss.binarization_start, loss.binarization_end, loss.binarization_iterations
             ),
-            "speed/img_per_s": (trainer.images_seen - self._images_before) / seconds,
-            "speed/data_wait_share": (trainer.seconds_waiting - self._waiting_before) / seconds,
             "memory/peak_bytes": float(peak_memory_bytes()),
+            **self._speed(trainer),
         }
         self._tracker.log_metrics(metrics, iteration=trainer.iteration, images_seen=trainer.images_seen)
         self._bar.set_postfix(
@@ -97,6 +97,20 @@ class Progress:
             refresh=False,
         )
         self._restart(trainer)
+
+    def _speed(self, trainer: Trainer) -> dict[str, float]:
+        """Speeds since the last row: of the phases their own time, otherwise wall time, with all that lies between."""
+        seconds = time.perf_counter() - self._since
+        reading = trainer.learner.clock.read()
+        flop_per_s = reading.flops / seconds  # of this rank; all compute as much
+        peak = peak_flop_per_s(trainer.accelerator.device)
+        return {
+            "speed/img_per_s": (trainer.images_seen - self._images_before) / seconds,
+            "speed/data_wait_share": (trainer.seconds_waiting - self._waiting_before) / seconds,
+            "speed/tflop_per_s": flop_per_s * num_ranks() / 1e12,
+            **({} if peak is None else {"speed/mfu": flop_per_s / peak}),
+            **{f"speed/ms_{phase}": each * 1e3 for phase, each in reading.seconds.items()},
+        }
 
     def _restart(self, trainer: Trainer) -> None:
         self._since = time.perf_counter()

@@ -3,15 +3,29 @@
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from pipeline.costs import Counter
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What happened on this rank since the last reading.
+
+    Attributes:
+        seconds: mean time of a step on the device, by phase; those that a GPU has not finished yet come later.
+        flops: of convolutions and matrix products, in all steps. What `--recompute` computes twice counts twice.
+    """
+
+    seconds: dict[str, float]
+    flops: int
+
+
 class PhaseClock:
-    """Times phases without waiting for the device.
+    """Times phases without waiting for the device, and counts their FLOPs.
 
     On a GPU, events mark where a phase begins and ends; they are read once the GPU has passed them.
 
@@ -21,34 +35,56 @@ class PhaseClock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        # The first step of a kind is counted, which takes longer; on a GPU the second one may be recorded as a graph.
+        self._num_untimed = 2 if self._cuda else 1
         self._marks: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._seconds: dict[str, list[float]] = {}
-        self._flops: dict[str, int] = {}
+        self._calls: dict[Hashable, int] = {}
+        self._flops_of: dict[Hashable, int] = {}
+        self._timed: dict[str, tuple[int, float]] = {}
+        self._flops = 0
 
     @contextlib.contextmanager
-    def timing(self, phase: str) -> Iterator[None]:
-        """Time what is inside; the first time of a phase is not kept, but what it computes is counted."""
-        if phase not in self._flops:
+    def timing(self, phase: str, kind: Hashable = None) -> Iterator[None]:
+        """Time a step and count its FLOPs.
+
+        Args:
+            phase: its name.
+            kind: what else decides how much it computes: all steps of a kind of a phase count as its first one does.
+        """
+        kind = (phase, kind)
+        calls = self._calls.get(kind, 0)
+        if calls == 0:
             with Counter() as counter:
                 yield
-            self._flops[phase] = counter.flops
-            return
-        if not self._cuda:
+            self._flops_of[kind] = counter.flops
+        elif calls < self._num_untimed:
+            yield
+        elif self._cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._marks.append((phase, begin, end))
+            self._read_marks()
+        else:
             start = time.perf_counter()
             yield
-            self._seconds.setdefault(phase, []).append(time.perf_counter() - start)
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        yield
-        end.record()
-        self._marks.append((phase, begin, end))
+            self._add(phase, time.perf_counter() - start)
+        self._calls[kind] = calls + 1
+        self._flops += self._flops_of[kind]
 
-    def read(self) -> dict[str, tuple[int, float, int]]:
-        """Steps, seconds and FLOPs by phase since the last reading; steps that a GPU has not ended yet come later."""
+    def read(self) -> Reading:
+        """Begin a new interval."""
+        self._read_marks()
+        reading = Reading({phase: seconds / steps for phase, (steps, seconds) in self._timed.items()}, self._flops)
+        self._timed, self._flops = {}, 0
+        return reading
+
+    def _read_marks(self) -> None:
         while self._marks and self._marks[0][2].query():
             phase, begin, end = self._marks.popleft()
-            self._seconds.setdefault(phase, []).append(begin.elapsed_time(end) / 1e3)
-        read = {p: (len(s), sum(s), len(s) * self._flops[p]) for p, s in self._seconds.items()}
-        self._seconds = {}
-        return read
+            self._add(phase, begin.elapsed_time(end) / 1e3)
+
+    def _add(self, phase: str, seconds: float) -> None:
+        steps, before = self._timed.get(phase, (0, 0.0))
+        self._timed[phase] = steps + 1, before + seconds

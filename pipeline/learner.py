@@ -123,11 +123,11 @@ class Learner:
         """
         work = functools.partial(self._train, phase, iteration)
         inputs = self._inputs(phase, iteration, images, np.asarray(slots))
-        with self.clock.timing(phase.name):
+        # All that is not among the inputs follows from this.
+        key = (phase.name, due_terms(self._config.loss, iteration), images.shape)
+        with self.clock.timing(phase.name, key):
             if self._graphs is None:
                 return work(inputs)
-            # All that is not among the inputs follows from this.
-            key = (phase.name, due_terms(self._config.loss, iteration), images.shape)
             measured: Measured = self._graphs.run(key, work, inputs)
         self._watch(phase, iteration, measured)
         return measured

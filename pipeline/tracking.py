@@ -3,6 +3,12 @@
 Metric names are ``group/name``. The groups: ``loss/<phase>_<term>``, ``grad_norm/<network>``, ``mask`` (generated),
 ``mask_pred_real`` (the mask predictor on real images), ``score`` (the discriminator's logits), ``speed``, ``memory``,
 ``schedule``, ``segmenter``.
+
+``speed`` is measured from one row to the next. ``img_per_s`` and ``tflop_per_s`` (convolutions and matrix products) are
+of all ranks over wall time, which includes grids and checkpoints; ``data_wait_share`` is rank 0's. ``mfu`` is
+``tflop_per_s`` as a share of the ranks' peak in bfloat16, only for GPUs that `pipeline/costs.py` lists.
+``ms_<phase>`` is the mean time of a step of a phase on rank 0's device, without waiting for data; the first steps of a
+process, which choose algorithms and record graphs, are left out.
 """
 
 import json

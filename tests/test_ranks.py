@@ -90,6 +90,12 @@ def test_two_ranks_match_one(two: tuple[Path, Outcome], one: Path) -> None:
     assert_trained_alike(two[0], one)
 
 
+def test_speeds_count_the_work_of_all_ranks(two: tuple[Path, Outcome], one: Path) -> None:
+    for rows in zip(training_rows(two[0]), training_rows(one), strict=True):
+        per_image = [row["speed/tflop_per_s"] / row["speed/img_per_s"] for row in rows]
+        assert per_image[0] == pytest.approx(per_image[1], rel=0.01)  # what does not depend on the batch comes twice
+
+
 def test_one_rank_alone_writes_and_tells(two: tuple[Path, Outcome], one: Path) -> None:
     run_dir, outcome = two
     assert [row["iteration"] for row in training_rows(run_dir)] == [1, 2, 3, 4]

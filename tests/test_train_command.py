@@ -118,7 +118,8 @@ def test_metrics_hold_every_term_and_what_tells_of_a_collapse(run_dir: Path) -> 
     assert {f"loss/{term}" for term in TERMS} == {name for name in names if name.startswith("loss/")}
     assert {f"grad_norm/{phase}" for phase in ("d_main", "d_r1", "g_main")} <= names
     assert {"mask/area", "mask/binarization", "mask/min", "mask/max", "score/accuracy"} <= names
-    assert {"speed/img_per_s", "memory/peak_bytes", "schedule/fade_in", "schedule/lambda_bin"} <= names
+    assert {"speed/img_per_s", "speed/tflop_per_s", "speed/ms_d_main", "speed/ms_g_main"} <= names
+    assert {"memory/peak_bytes", "schedule/fade_in", "schedule/lambda_bin"} <= names
     assert {"mask/iou_fg", "mask_pred_real/iou_fg"} <= names
     assert all(math.isfinite(value) for row in training for value in row.values())
 
