@@ -203,9 +203,13 @@ def _counted(work: Mapping[int, list[PhaseWork]], cluster: Cluster) -> str:
             times = (f"{1e3 * phase.compute_s(batch, cluster):.1f}" for batch in IMAGES_A_GPU)
             gradients = f"{4 * phase.num_parameters / 1e6:.1f}"
             moved = float((phase.fixed + 16 * phase.per_image)[:, 1].sum())
-            counts = f"{phase.flops_per_image / 1e9:.0f}", f"{moved / 1e9:.1f}", str(len(phase.fixed)), gradients
+            fixed, per_image = phase.peak_bytes
+            memory = (f"{(fixed + batch * per_image) / 1e9:.1f}" for batch in IMAGES_A_GPU[1:])
+            operators = str(len(phase.fixed))
+            counts = f"{phase.flops_per_image / 1e9:.0f}", f"{moved / 1e9:.1f}", *memory, operators, gradients
             rows.append([f"{resolution} px", phase.name, f"1/{phase.interval}", *counts, *times])
-    head = ["", "phase", "steps an iteration", "GFLOP/img", "GB moved, 16 images", "operators", "MB of gradients"]
+    head = ["", "phase", "steps an iteration", "GFLOP/img", "GB moved, 16 images"]
+    head += [*(f"peak GB, {batch} images" for batch in IMAGES_A_GPU[1:]), "operators", "MB of gradients"]
     return _table([*head, *(f"ms, {batch} images" for batch in IMAGES_A_GPU)], rows)
 
 

@@ -7,13 +7,15 @@ roofline). Gradients are reduced after the backward pass, as `pipeline/all_reduc
 """
 
 import math
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from models import fused
 from pipeline.architecture import make_discriminator, make_generator
@@ -78,11 +80,14 @@ def ring_bytes(num_bytes: float, num: int) -> float:
 
 
 class _Operators(Counter):
-    """Counts operator by operator."""
+    """Counts operator by operator, and the most bytes of results that are alive at a time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.work: list[tuple[int, int]] = []
+        self.peak_bytes = 0
+        self._alive: dict[int, int] = {}
+        self._alive_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         flops, bytes_moved = self.flops, self.bytes_moved
@@ -90,7 +95,21 @@ class _Operators(Counter):
         # No view; and no question about a tensor, which fakes are asked and kernels are not.
         if func.namespace in ("aten", "furrygan") and self.bytes_moved > bytes_moved:
             self.work.append((self.flops - flops, self.bytes_moved - bytes_moved))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._keep(x.untyped_storage())
         return out
+
+    def _keep(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._alive:
+            self._alive[key] = storage.nbytes()
+            self._alive_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self._alive_bytes -= self._alive.pop(key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +121,7 @@ class PhaseWork:
         interval: iterations between its steps.
         fixed: ``[operators, 2]`` FLOPs and bytes of each that do not depend on the batch; float64.
         per_image: ``[operators, 2]``, those of each image of the rank's batch.
+        peak_bytes: of the results alive at a time that do not depend on the batch, and those of each image.
         num_parameters: that it trains.
         num_small_reductions: of a few numbers, which the host waits for one by one.
     """
@@ -110,6 +130,7 @@ class PhaseWork:
     interval: int
     fixed: Tensor
     per_image: Tensor
+    peak_bytes: tuple[float, float]
     num_parameters: int
     num_small_reductions: int
 
@@ -160,6 +181,16 @@ class Iteration:
         return self.images / self.seconds
 
 
+def memory_bytes(phases: Sequence[PhaseWork], batch: int) -> float:
+    """Memory of a rank: weights, gradients and Adam of both networks, G's average, and the largest phase's results.
+
+    Gradients are among the results. What cuDNN and the allocator take besides is left out.
+    """
+    parameters = {phase.name: phase.num_parameters for phase in phases}
+    kept = 4 * (3 * parameters["d_main"] + 4 * parameters["g_main"])
+    return kept + max(fixed + batch * per_image for fixed, per_image in (phase.peak_bytes for phase in phases))
+
+
 def iteration(phases: Iterable[PhaseWork], batch: int, num_gpus: int, cluster: Cluster) -> Iteration:
     """Predict an iteration with `batch` images on each of `num_gpus`."""
     compute_s = reduction_s = 0.0
@@ -180,15 +211,17 @@ def count(config: Config) -> list[PhaseWork]:
         trained = getattr(networks, phase.trains)
         generator.requires_grad_(phase.trains == "generator")
         discriminator.requires_grad_(phase.trains == "discriminator")
-        few, many = (_work(phase, networks, trained, config, batch) for batch in COUNTED_AT)
+        (few, few_bytes), (many, many_bytes) = (_work(phase, networks, trained, config, b) for b in COUNTED_AT)
         assert few.shape == many.shape, "the batch changes which operators run"
         per_image = (many - few) / (COUNTED_AT[1] - COUNTED_AT[0])
+        bytes_per_image = (many_bytes - few_bytes) / (COUNTED_AT[1] - COUNTED_AT[0])
         counted.append(
             PhaseWork(
                 name=phase.name,
                 interval=phase.interval,
                 fixed=few - COUNTED_AT[0] * per_image,
                 per_image=per_image,
+                peak_bytes=(few_bytes - COUNTED_AT[0] * bytes_per_image, bytes_per_image),
                 num_parameters=sum(p.numel() for p in trained.parameters()),
                 num_small_reductions=num_small_reductions(phase, config),
             )
@@ -203,8 +236,8 @@ def num_small_reductions(phase: Phase, config: Config) -> int:
     return 4 if config.loss.area_over_batch else 2
 
 
-def _work(phase: Phase, networks: Networks, trained: nn.Module, config: Config, batch: int) -> Tensor:
-    """FLOPs and bytes of all operators, ``[operators, 2]``."""
+def _work(phase: Phase, networks: Networks, trained: nn.Module, config: Config, batch: int) -> tuple[Tensor, int]:
+    """FLOPs and bytes of all operators, ``[operators, 2]``, and the most bytes of results alive at a time."""
     generator = networks.generator
     with fused.on_every_device(), FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(batch, 3, config.resolution, config.resolution)
@@ -217,4 +250,4 @@ def _work(phase: Phase, networks: Networks, trained: nn.Module, config: Config, 
             with torch.autocast("cpu", torch.bfloat16):
                 result = phase.compute(step)
             torch.autograd.grad(result.loss, list(trained.parameters()))
-    return torch.tensor(operators.work, dtype=torch.float64)
+    return torch.tensor(operators.work, dtype=torch.float64), operators.peak_bytes
