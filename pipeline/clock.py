@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.costs import Counter
+from pipeline.trace import named
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,17 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def timing(self, phase: str, kind: Hashable = None) -> Iterator[None]:
-        """Time a step and count its FLOPs.
+        """Time a step, count its FLOPs, and name it in a trace.
 
         Args:
             phase: its name.
             kind: what else decides how much it computes: all steps of a kind of a phase count as its first one does.
         """
-        kind = (phase, kind)
+        with named(phase), self._timing(phase, (phase, kind)):
+            yield
+
+    @contextlib.contextmanager
+    def _timing(self, phase: str, kind: Hashable) -> Iterator[None]:
         calls = self._calls.get(kind, 0)
         if calls == 0:
             with Counter() as counter:

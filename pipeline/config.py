@@ -132,6 +132,9 @@ class LogConfig(_Section):
     """MLflow experiment."""
     tags: dict[str, str] = field(default_factory=dict)
     """MLflow tags of the run, to filter by: --log.tags KEY VALUE KEY VALUE ..."""
+    profile_at: CountOrZero | None = None
+    """Iteration, from 0, of which rank 0 writes a trace: trace-ITERATION.json.gz in the run's directory, for
+    ui.perfetto.dev. The first ones after a start are not typical: they choose algorithms and record graphs."""
     on_save_error: Literal["continue", "stop"] = "continue"
     """Where a checkpoint, picture or row of metrics cannot be written (a full disk): 'continue' says so, trains on and
     tries again at the next one, and a run whose last state is not saved in the end fails; 'stop' ends it at once."""
@@ -250,6 +253,10 @@ class Config(_Section):
             raise UserError(
                 f"batch {self.batch} does not divide into {self.accumulate} micro-batches in groups of "
                 f"{STDDEV_GROUP_SIZE}: give --batch a multiple of {STDDEV_GROUP_SIZE * self.accumulate}"
+            )
+        if self.log.profile_at is not None and self.log.profile_at >= self.steps:
+            raise UserError(
+                f"log.profile_at {self.log.profile_at} is beyond the last iteration: give 0 to {self.steps - 1}"
             )
         if self.zero_stage and self.backend != "deepspeed":
             raise UserError(

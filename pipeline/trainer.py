@@ -1,8 +1,10 @@
 """The training loop: a learner, its data and its gradient synchronisation; what is seen of it is left to callbacks."""
 
+import contextlib
+import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -27,8 +29,12 @@ from pipeline.learner import Learner, Measured, uses_graphs
 from pipeline.metrics import MetricMeter
 from pipeline.phases import Phase, Scribbled
 from pipeline.rendezvous import FRESH
+from pipeline.saving import SaveError
 from pipeline.schedules import is_due, linear_ramp
+from pipeline.trace import named, tracing
 from pipeline.zero import zero_engine
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_VERSION = 1
 
@@ -114,8 +120,11 @@ class Trainer:
             Interrupted: on all ranks after the same iteration, that of the signal or the next; after the last one, at
                 once.
         """
+        if (at := self.config.log.profile_at) is not None and at < self.iteration:
+            logger.warning("iteration %d was done by an earlier process: this one writes no trace of it", at)
         while self.iteration < self.config.steps:
-            self.step()
+            with self._traced():
+                self.step()
             if is_due(self.iteration, self.config.drift_interval):
                 self.refuse_drift()
             for callback in callbacks:
@@ -132,13 +141,34 @@ class Trainer:
     def step(self) -> None:
         """One iteration: every phase that is due, then the EMA."""
         start = time.perf_counter()
-        images = next(self.loader).images
+        with named("data"):
+            images = next(self.loader).images
         self.seconds_waiting += time.perf_counter() - start
         for phase in self.learner.phases:
             if is_due(self.iteration, phase.interval):
                 self._measure(phase, self.learner.run(phase, self.iteration, images, self._slots))
-        self.learner.update_ema(self.images_seen)
+        with named("ema"):
+            self.learner.update_ema(self.images_seen)
         self.iteration += 1
+
+    @contextlib.contextmanager
+    def _traced(self) -> Iterator[None]:
+        """Record a trace of the iteration inside, if it is the one to profile."""
+        iteration, log = self.iteration, self.config.log
+        if iteration != log.profile_at or not self.accelerator.is_main_process:
+            yield
+            return
+        assert self.config.run_dir is not None
+        path = self.config.run_dir / f"trace-{iteration}.json.gz"
+        try:
+            with tracing(path):
+                yield
+        except SaveError as error:
+            if log.on_save_error == "stop":
+                raise
+            logger.warning("%s: training goes on without the trace", error)
+        else:
+            logger.info("trace of iteration %d: %s, which ui.perfetto.dev opens", iteration, path)
 
     def refuse_drift(self) -> None:
         """Compare weights, buffers and average over the ranks.

@@ -203,6 +203,7 @@ def test_every_field_can_be_set_from_the_command_line() -> None:
     before = config_from_dict({"data": "x"})
     chosen = {"dataset": "cub", "loader": "webdataset", "precision": "bf16"}
     chosen |= {"resolution": "64", "model.z_dim_background": "64", "backend": "deepspeed", "log.on_save_error": "stop"}
+    chosen |= {"log.profile_at": "7"}
     besides = {"zero_stage": ["--backend", "deepspeed"]}
     tagged = parse_config("", ["--data", "x", "--log.tags", "who", "me", "why", "to see"])
     assert tagged.log.tags == {"who": "me", "why": "to see"}
