@@ -20,7 +20,8 @@ BLOCK_ELEMENTS = 1024
 BLOCKS_C = (64, 32)
 NUM_WARPS = 4
 DEMODULATION_BLOCK = 64
-HEADS_PIXELS, HEADS_CHANNELS, HEADS_TILES, HEADS_WARPS = 64, 64, 16, 8
+HEADS_PIXELS, HEADS_CHANNELS, HEADS_TILES = 64, 32, 16
+HEADS_OPTIONS = {"num_warps": 8, "num_stages": 2}  # with 99 KB of shared memory at most, which consumer GPUs have
 
 
 def blur(x: Tensor, padding: int, gain: float) -> Tensor:
@@ -213,7 +214,7 @@ def heads(
     kernels.heads_forward[triton.cdiv(height * width, HEADS_PIXELS), n](
         features, weight, bias, noise_coarse, noise_fine, strengths, rgb, masks,
         height * width, channels, noise_coarse.stride(0), ACTIVATION_GAIN,
-        OUT=weight.shape[1], BLOCK_P=HEADS_PIXELS, BLOCK_K=HEADS_CHANNELS, num_warps=HEADS_WARPS,
+        OUT=weight.shape[1], BLOCK_P=HEADS_PIXELS, BLOCK_K=HEADS_CHANNELS, **HEADS_OPTIONS,
     )  # fmt: skip
     return rgb, masks
 
@@ -232,7 +233,7 @@ def heads_adjoint(
     kernels.heads_backward[strips, triton.cdiv(channels, HEADS_CHANNELS), n](
         grad_rgb, grad_masks, features, weight, bias, noise_coarse, noise_fine, strengths,
         grad_features, sums_weight, sums, height * width, channels, noise_coarse.stride(0), ACTIVATION_GAIN,
-        OUT=out, BLOCK_P=HEADS_PIXELS, BLOCK_K=HEADS_CHANNELS, TILES=HEADS_TILES, num_warps=HEADS_WARPS,
+        OUT=out, BLOCK_P=HEADS_PIXELS, BLOCK_K=HEADS_CHANNELS, TILES=HEADS_TILES, **HEADS_OPTIONS,
     )  # fmt: skip
     return grad_features, sums_weight.sum(dim=0), sums.sum(dim=0)
 

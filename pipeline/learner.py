@@ -124,7 +124,8 @@ class Learner:
         work = functools.partial(self._train, phase, iteration)
         inputs = self._inputs(phase, iteration, images, np.asarray(slots))
         # All that is not among the inputs follows from this.
-        key = (phase.name, due_terms(self._config.loss, iteration), images.shape)
+        due = due_terms(self._config.loss, iteration) if phase.trains == "generator" else ()
+        key = (phase.name, due, images.shape)
         with self.clock.timing(phase.name, key):
             if self._graphs is None:
                 return work(inputs)
