@@ -1,5 +1,6 @@
 """MLflow's server may be away whenever it likes: training goes on, and in the end nothing is missing or there twice."""
 
+import itertools
 import json
 import math
 import re
@@ -195,19 +196,21 @@ def test_server_that_is_away_at_the_end_gets_everything_by_resume(
 def test_what_the_server_took_without_an_answer_is_there_once(
     server: Server, cable: Cable, config: Config, tmp_path: Path
 ) -> None:
-    """Whichever request it was: each attempt loses the answer to a later one."""
-    tracker = tracked(config, tmp_path / "run")
-    log(tracker, range(1, 13))
-    for pause_s in (0.1, 0.3, 0.5, 0.7, 0.9):
-        cable.plug()
-        time.sleep(pause_s)
-        cable.losing = True
-        until(lambda: tracker._mirror._failure)
-        cable.pull()
-        log(tracker, range(round(100 * pause_s) + 3, round(100 * pause_s) + 6))
+    """Whichever request it was: each run loses the answer to another one, until a run has no more requests."""
     cable.plug()
-    tracker.close("FINISHED", SUMMARY)
-    assert_mirrored(server, tmp_path / "run", config, answers_lost=True)
+    for lost in itertools.count(1):
+        cable.num_answers, cable.lost_answer = 0, lost
+        run_dir, of_its_own = tmp_path / f"run-{lost}", {"log": {"experiment": f"{tmp_path.name}-{lost}"}}
+        one = config_from_dict(merge(config_to_dict(config), of_its_own))
+        tracker = tracked(one, run_dir)
+        log(tracker, range(1, 4))
+        tracker.close("FINISHED", SUMMARY)
+        if cable.num_answers < lost:
+            break
+        if not tracker._mirror._closed:  # the answer to one of the last requests: a run that ends does not ask again
+            tracked(one, run_dir, iteration=3).close("FINISHED", SUMMARY)
+        assert_mirrored(server, run_dir, one, answers_lost=True)
+    assert lost > 8, "experiment, run, parameters, rows, image and end are more requests than that"
 
 
 def test_server_that_hangs_holds_nothing_up(

@@ -64,7 +64,8 @@ class Cable:
 
     Attributes:
         url: of this end.
-        losing: whether what the server answers is lost.
+        num_answers: that the server has given.
+        lost_answer: the number of the one that is lost, from 1: its connection breaks instead.
     """
 
     def __init__(self, server: Server) -> None:
@@ -72,13 +73,13 @@ class Cable:
         with socket.create_server((HOST, 0)) as free:
             self._port = free.getsockname()[1]
         self.url = f"http://{HOST}:{self._port}"
-        self.losing = False
+        self.num_answers, self.lost_answer = 0, 0
+        self._counting = threading.Lock()
         self._listener: socket.socket | None = None
         self._open: list[socket.socket] = []
 
     def plug(self) -> None:
         """From now on the server is there."""
-        self.losing = False
         if self._listener is None:
             self._listener = socket.create_server((HOST, self._port))
             threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
@@ -99,15 +100,26 @@ class Cable:
                 near, _ = listener.accept()
                 far = socket.create_connection((HOST, self._far))
                 self._open += [near, far]
+                asked = threading.Event()  # since the last answer on this connection
                 for one, other, answers in ((near, far, False), (far, near, True)):
-                    threading.Thread(target=self._copy, args=(one, other, answers), daemon=True).start()
+                    threading.Thread(target=self._copy, args=(one, other, answers, asked), daemon=True).start()
 
-    def _copy(self, one: socket.socket, other: socket.socket, answers: bool) -> None:
+    def _copy(self, one: socket.socket, other: socket.socket, answers: bool, asked: threading.Event) -> None:
         with contextlib.suppress(OSError):
             while data := one.recv(65536):
-                if answers and self.losing:
-                    break
+                if not answers:
+                    asked.set()
+                elif asked.is_set():  # the first bytes of an answer
+                    asked.clear()
+                    if self._is_lost():
+                        break
                 other.sendall(data)
         for end in (one, other):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def _is_lost(self) -> bool:
+        """Count an answer."""
+        with self._counting:
+            self.num_answers += 1
+            return self.num_answers == self.lost_answer
