@@ -102,4 +102,4 @@ def _summary(manifest: Manifest) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, memory_remedy="give fewer --workers")

@@ -1,11 +1,11 @@
-"""How every command reads its arguments and ends on a user's mistake."""
+"""How every command reads its arguments, and ends on a user's mistake or without memory."""
 
 import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator
 
-from data_shards.errors import UserError
+from data_shards.errors import MemoryShortageError, UserError, shortage_of_memory
 
 
 @contextlib.contextmanager
@@ -29,10 +29,34 @@ def one_line_errors(*, passthrough: bool = False) -> Iterator[None]:
         raise UserError(" ".join(" ".join(lines).split())) from None
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command; a user's mistake ends it with one line and exit code 2."""
+@contextlib.contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turn the many errors of a lack of memory into one line.
+
+    Args:
+        remedy: what to do about it.
+
+    Raises:
+        MemoryShortageError: there was not enough for what is inside.
+    """
     try:
-        main()
+        yield
+    except Exception as error:
+        if (shortage := shortage_of_memory(error)) is None:
+            raise
+        raise MemoryShortageError(f"out of memory ({shortage}): {remedy}") from error
+
+
+def run_command(main: Callable[[], None], memory_remedy: str = "end other programs, or use a larger machine") -> None:
+    """Run a command; a user's mistake, or a lack of memory, ends it with one line and exit code 2.
+
+    Args:
+        main: of the command.
+        memory_remedy: what to do where there is not enough memory.
+    """
+    try:
+        with memory_errors(memory_remedy):
+            main()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")  # one write: two ranks' lines must not run into each other
         sys.exit(2)

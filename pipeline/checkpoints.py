@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.utils._pytree import tree_map_only
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, shortage_of_memory
 from pipeline.saving import saving
 
 PATTERN = re.compile(r"checkpoint-(\d{9})\.pt")
@@ -73,6 +73,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        if shortage_of_memory(error):  # the file is whole, and an older one would take as much
+            raise
         raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}): use another one") from error
     return state
 

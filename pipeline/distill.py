@@ -129,4 +129,4 @@ def check(run: TrainedRun, network: MattingNetwork, *, seed: int) -> dict[str, f
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, memory_remedy="give a smaller --batch")

@@ -241,4 +241,4 @@ def _publish(results: dict[str, Any], report: str, arguments: Arguments, run: Tr
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, memory_remedy="give a smaller --batch")

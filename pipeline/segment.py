@@ -196,4 +196,4 @@ def _square(photo: Path, mask: Path | None, resolution: int) -> tuple[NDArray[np
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, memory_remedy="give smaller photos, or a smaller --batch to project them")

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from data_shards.command import run_command
+from data_shards.command import memory_errors, run_command
 from data_shards.errors import UserError
 from data_shards.loader import Loader, make_loader
 from data_shards.order import GROUP_SIZE
@@ -36,6 +36,8 @@ from pipeline.trainer import Trainer, make_accelerator
 from pipeline.zero import check_installed
 
 logger = logging.getLogger(__name__)
+
+MEMORY_REMEDY = "give --accumulate 2 or more, --recompute, or a smaller --batch"
 
 
 def main() -> None:
@@ -88,7 +90,7 @@ def train(
     with contextlib.closing(open_shards(config, accelerator)) as shard_set:
         loader = _make_loader(config, shard_set, accelerator)
         try:
-            with ranks_named(config.heartbeat_timeout_s):
+            with ranks_named(config.heartbeat_timeout_s), memory_errors(MEMORY_REMEDY):
                 trainer = Trainer(config, accelerator, loader, scribbled)
                 _train_on(shard_set, trainer, config, accelerator, interrupt, on_measured)
         finally:
@@ -231,4 +233,4 @@ def _tell(config: Config, summary: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, memory_remedy=MEMORY_REMEDY)

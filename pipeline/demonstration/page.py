@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.middleware import Middleware
 
+from data_shards.command import memory_errors
 from data_shards.errors import UserError
 from models.discriminator import MASK_RESOLUTION
 from pipeline.demonstration.photograph import MAX_PIXELS, Matting, read_upload, segment
@@ -229,6 +230,7 @@ def errors_on_the_page(duration_s: float | None) -> Iterator[None]:
         duration_s: that it stands there; None: until it is closed.
     """
     try:
-        yield
+        with memory_errors("end other programs, or choose a smaller photograph"):
+            yield
     except UserError as error:
         raise gr.Error(html.escape(str(error)), duration=duration_s, print_exception=False) from None
