@@ -206,6 +206,9 @@ class Config(_Section):
     """Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time."""
     cuda_graphs: bool = True
     """On a GPU, record the phases as CUDA graphs, which the host starts by one call each."""
+    deterministic: bool = False
+    """The same bits each time on the same GPU, of a resumed run too: deterministic algorithms, chosen without timing
+    them. Slower. An operator that has no such algorithm ends the run. On a CPU the bits are the same either way."""
     num_threads: CountOrZero = 0
     """CPU threads of a process; 0 shares the cores among the processes of this machine."""
     collective_timeout_s: Annotated[int, Bounds(1, 1e6)] = 600

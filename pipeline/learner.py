@@ -19,6 +19,7 @@ from models.fused import has_triton
 from pipeline.architecture import make_discriminator, make_generator
 from pipeline.clock import PhaseClock
 from pipeline.config import Config, Precision
+from pipeline.determinism import set_deterministic
 from pipeline.distributed import global_batch_mean, global_mean
 from pipeline.engine import Engine
 from pipeline.finite_guard import FiniteGuard
@@ -73,7 +74,7 @@ class Learner:
         self._scribbled = scribbled
         self._device = device
         self.phases = training_phases(config.loss)
-        torch.backends.cudnn.benchmark = True  # a handful of shapes, over and over
+        set_deterministic(config.deterministic)
         torch.manual_seed(config.seed)
         self.generator = make_generator(config).to(device)
         self.discriminator = make_discriminator(config).to(device)

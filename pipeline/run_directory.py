@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = (
     *("steps", "run_dir", "loader", "verify_data", "cache_dir", "fetched_gb"),
-    *("num_threads", "cuda_graphs", "recompute", "accumulate", "backend", "zero_stage"),
+    *("num_threads", "cuda_graphs", "deterministic", "recompute", "accumulate", "backend", "zero_stage"),
     *("collective_timeout_s", "heartbeat_timeout_s", "drift_interval"),
     *("log.", "evaluation."),
 )

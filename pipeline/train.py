@@ -24,6 +24,7 @@ from pipeline.checkpoints import BEST
 from pipeline.cli import parse_config
 from pipeline.config import Config
 from pipeline.data import open_shards
+from pipeline.determinism import refusals_named
 from pipeline.evaluation import prepare_pseudo_truth
 from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.mlflow_mirror import hide_password, is_server, refuse_unknown_store
@@ -90,7 +91,7 @@ def train(
     with contextlib.closing(open_shards(config, accelerator)) as shard_set:
         loader = _make_loader(config, shard_set, accelerator)
         try:
-            with ranks_named(config.heartbeat_timeout_s), memory_errors(MEMORY_REMEDY):
+            with ranks_named(config.heartbeat_timeout_s), memory_errors(MEMORY_REMEDY), refusals_named():
                 trainer = Trainer(config, accelerator, loader, scribbled)
                 _train_on(shard_set, trainer, config, accelerator, interrupt, on_measured)
         finally:

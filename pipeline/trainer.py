@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
@@ -17,6 +18,7 @@ from data_shards.errors import UserError
 from data_shards.loader import Loader
 from data_shards.order import rank_slots
 from models.discriminator import Discriminator
+from models.fused import has_triton
 from models.generator import FurryGenerator
 from pipeline.all_reduce import AllReduceEngine
 from pipeline.config import Config
@@ -76,6 +78,8 @@ class Trainer:
         self.seconds_waiting = 0.0
         self.learner = Learner(config, accelerator.device, scribbled)
         self.learner.synchronise(self._make_engine)
+        if (why := why_no_graphs(config, accelerator.device, triton=has_triton())) is not None:
+            logger.info("no CUDA graphs: %s; the host starts each kernel, which is slower", why)
         self._agreement = Agreement(config.collective_timeout_s)
         self._slots = rank_slots(config.batch, accelerator.process_index, accelerator.num_processes)
 
@@ -215,6 +219,23 @@ class Trainer:
         self.loader.load_state_dict(state["loader"])
         self.iteration = state["iteration"]
         self.learner.load_state_dict(state)
+
+
+def why_no_graphs(config: Config, device: torch.device, *, triton: bool) -> str | None:
+    """Why phases are not recorded as CUDA graphs although the run wants it; None where they are.
+
+    Args:
+        config: of the run.
+        device: of this rank.
+        triton: whether its GPU runs Triton kernels.
+    """
+    if device.type != "cuda" or not config.cuda_graphs:
+        return None
+    if config.backend == "deepspeed":
+        return "DeepSpeed's hooks run on the host, so --backend deepspeed cannot be recorded"
+    if not triton:
+        return "they need Triton, a C compiler and a GPU of compute capability 8.0 or more"
+    return None
 
 
 def make_accelerator(collective_timeout_s: float) -> Accelerator:
