@@ -1,6 +1,7 @@
 """A step in half precision or recomputed is the same step; one with what is not finite is none."""
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,17 +45,22 @@ def run(config: Config, name: str, iteration: int = 2) -> tuple[dict[str, Tensor
 
 @pytest.mark.parametrize("name", ["d_main", "g_main"])
 def test_bfloat16_changes_losses_and_gradients_by_its_rounding_only(config: Config, name: str) -> None:
-    terms, gradients, _ = run(replace(config, precision="fp32"), name)
-    terms16, gradients16, _ = run(replace(config, precision="bf16"), name)
-    assert any(not torch.equal(terms16[k], terms[k]) for k in terms), "bfloat16 was not used"
-    for k, value in terms.items():
-        assert terms16[k].dtype == torch.float32
-        assert terms16[k].item() == pytest.approx(value.item(), rel=0.02, abs=2e-3), k
-    # 8 bits of mantissa through a dozen layers, and min-max may find its extremes at other pixels. As a whole: the
-    # gradient of a noise strength is a sum that cancels.
-    assert all(gradient.dtype == torch.float32 for gradient in gradients16.values())
-    whole, whole16 = (torch.cat([g[k].flatten() for k in gradients]) for g in (gradients, gradients16))
-    assert (whole16 - whole).norm() < 0.2 * whole.norm()
+    distances = []
+    for seed in range(3):
+        config = replace(config, seed=seed)
+        terms, gradients, _ = run(replace(config, precision="fp32"), name)
+        terms16, gradients16, _ = run(replace(config, precision="bf16"), name)
+        assert any(not torch.equal(terms16[k], terms[k]) for k in terms), "bfloat16 was not used"
+        for k, value in terms.items():
+            assert terms16[k].dtype == torch.float32
+            assert terms16[k].item() == pytest.approx(value.item(), rel=0.02, abs=2e-3), k
+        assert all(gradient.dtype == torch.float32 for gradient in gradients16.values())
+        # As a whole: the gradient of a noise strength is a sum that cancels.
+        whole, whole16 = (torch.cat([g[k].flatten() for k in gradients]) for g in (gradients, gradients16))
+        distances.append(float((whole16 - whole).norm() / whole.norm()))
+    # 8 bits of mantissa through a dozen layers. The median of three seeds: with some, two pixels of a mask nearly share
+    # its minimum or maximum, rounding swaps them, and min-max sends a large gradient to the other one.
+    assert statistics.median(distances) < 0.2, distances
 
 
 def test_r1_is_float32_whatever_the_precision(config: Config) -> None:
