@@ -726,7 +726,8 @@ class _Heads(torch.autograd.Function):
         tensors = ctx.saved_tensors
         grad_rgb, grad_masks = _last(gradients[0]), gradients[1].contiguous()
         if torch.is_grad_enabled():
-            return _differentiably(_plain_heads(*tensors), (grad_rgb, grad_masks), tensors, ctx.needs_input_grad)
+            found = _differentiably(_plain_heads(*tensors), (grad_rgb, grad_masks), tensors, ctx.needs_input_grad)
+            return tuple(found)
         _, weight, bias, _, _, strengths = tensors
         grad_features, grad_weight, (of_bias, of_noise) = _heads_adjoint(grad_rgb, grad_masks, *tensors)
         of_strengths = of_noise.view(NUM_HEAD_GROUPS, HEAD_ROWS).sum(dim=1)[1:3] * ACTIVATION_GAIN
