@@ -108,7 +108,7 @@ def _before_activation(z: Tensor, bias: Tensor, scale: float, bias_gain: float) 
 
 def _slope(pre: Tensor, scale: float = 1.0) -> Tensor:
     """Derivative of leaky ReLU, times `scale`."""
-    return torch.where(pre > 0, scale, scale * LEAKY_SLOPE).to(pre.dtype)
+    return torch.full_like(pre, scale).masked_fill_(pre <= 0, scale * LEAKY_SLOPE)  # not float32 numbers in float64
 
 
 # --- blur ---
