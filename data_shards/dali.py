@@ -3,19 +3,22 @@
 It is fed through ``fn.external_source`` and not ``fn.readers.webdataset``: that one shuffles in a local buffer over
 sequential reads, and its order depends on the rank. Ours must be a function of (seed, step) for any number of ranks,
 so that a run can be resumed exactly.
+
+On a CPU the calling thread copies no pixels: torch takes over the memory that DALI's threads have filled.
 """
 
 import io
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from PIL import Image
+from torch.utils.dlpack import from_dlpack
 
 from data_shards.errors import UserError
 from data_shards.loader import Batch, EncodedBatch, OrderedLoader, check_size
@@ -26,7 +29,15 @@ _PREFETCH = 2  # batches
 _NVJPEG_BYTES_PER_PIXEL = 12  # of memory for each thread; DALI's own ImageNet example gives it about half of that
 
 
-class DaliLoader(OrderedLoader):
+@dataclass(frozen=True, eq=False)
+class _Input:
+    """A batch as DALI takes it: flips, images and, where the loader delivers them, alphas."""
+
+    batch: EncodedBatch
+    arrays: tuple[Any, ...]
+
+
+class DaliLoader(OrderedLoader[_Input]):
     """See `data_shards.loader.Loader`. JPEG on a GPU is within four grey levels of the CPU's, all else is equal."""
 
     def __init__(
@@ -36,7 +47,12 @@ class DaliLoader(OrderedLoader):
         super().__init__(shard_set, order, with_alpha=with_alpha, device=device)
         self._num_threads = num_threads
 
-    def _decoded(self, batches: Iterator[EncodedBatch]) -> Iterator[Batch]:
+    def _begin(self, batch: EncodedBatch) -> _Input:
+        contents = [batch.images, batch.alphas] if self._with_alpha else [batch.images]
+        files = [[np.frombuffer(content, np.uint8) for content in encoded] for encoded in contents]
+        return _Input(batch, (batch.flips.astype(np.int32), *files))
+
+    def _delivered(self, batches: Iterator[_Input]) -> Iterator[Batch]:
         in_work: deque[EncodedBatch] = deque()
         pipeline = self._pipeline(self._inputs(batches, in_work))
         while True:
@@ -53,17 +69,16 @@ class DaliLoader(OrderedLoader):
                 ) from error
             batch = in_work.popleft()
             yield Batch(
-                images=self._to_torch(images, batch.indices),
-                alphas=self._to_torch(alphas[0], batch.indices) if alphas else None,
+                images=self._to_torch(images, batch),
+                alphas=self._to_torch(alphas[0], batch) if alphas else None,
                 indices=torch.from_numpy(batch.indices),
             )
 
-    def _inputs(self, batches: Iterator[EncodedBatch], in_work: deque[EncodedBatch]) -> Iterator[tuple[Any, ...]]:
+    def _inputs(self, batches: Iterator[_Input], in_work: deque[EncodedBatch]) -> Iterator[tuple[Any, ...]]:
         """What the pipeline takes of each batch, which joins those it works on."""
-        for batch in batches:
-            in_work.append(batch)
-            encoded = [batch.images, batch.alphas] if self._with_alpha else [batch.images]
-            yield batch.flips.astype(np.int32), *([_array(content) for content in contents] for contents in encoded)
+        for work in batches:
+            in_work.append(work.batch)
+            yield work.arrays
 
     def _pipeline(self, inputs: Iterator[tuple[Any, ...]]) -> Any:
         on_gpu = self._device.type == "cuda"
@@ -73,6 +88,7 @@ class DaliLoader(OrderedLoader):
             num_threads=self._num_threads,
             device_id=gpu if on_gpu else None,
             prefetch_queue_depth=_PREFETCH,
+            exec_dynamic=True,  # whose outputs are the caller's to keep
         )
         with pipeline:
             flips, images, *alphas = fn.external_source(
@@ -119,17 +135,15 @@ class DaliLoader(OrderedLoader):
                         location = self._shard_set.location(int(index))
                         raise UserError(f"{location} cannot be decoded ({error}); rebuild the set") from None
 
-    def _to_torch(self, tensors: Any, indices: NDArray[np.int64]) -> torch.Tensor:
-        """A copy in torch's own memory, as DALI may use its buffer again."""
-        for index, (_, height, width) in zip(indices, tensors.shape(), strict=True):
+    def _to_torch(self, tensors: Any, batch: EncodedBatch) -> torch.Tensor:
+        """DALI's memory on a CPU. On a GPU a copy in torch's own: torch alone knows what its streams still read."""
+        for index, (_, height, width) in zip(batch.indices, tensors.shape(), strict=True):
             check_size(self._shard_set, int(index), height, width)
-        copy = torch.empty(len(indices), *tensors.shape()[0], device=self._device)
+        if self._device.type != "cuda":
+            return from_dlpack(tensors.as_tensor())
+        copy = torch.empty(len(batch.indices), *tensors.shape()[0], device=self._device)
         feed_ndarray(tensors.as_tensor(), copy, cuda_stream=self._stream())
         return copy
 
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-
-
-def _array(content: bytes) -> NDArray[np.uint8]:
-    return np.frombuffer(content, dtype=np.uint8)

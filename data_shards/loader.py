@@ -3,11 +3,11 @@
 import importlib.util
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 
 from data_shards.errors import UserError
 from data_shards.order import BatchOrder
-from data_shards.shard_set import ShardSet
+from data_shards.shard_set import ALPHA_EXTENSION, ShardSet
 
 LoaderKind = Literal["auto", "dali", "webdataset"]
 
-_READ_AHEAD = 2  # batches
+BATCHES_AHEAD = 3  # in progress while the caller uses the one before
+
+Work = TypeVar("Work")
+"""A batch in progress, as a loader keeps it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +84,26 @@ class Loader(Protocol):
         ...
 
 
-class OrderedLoader(ABC):
+class OrderedLoader(ABC, Generic[Work]):
     """What the loaders share: counting steps, and reading ahead. A subclass decodes."""
 
-    def __init__(self, shard_set: ShardSet, order: BatchOrder, *, with_alpha: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        order: BatchOrder,
+        *,
+        with_alpha: bool,
+        device: torch.device,
+        batches_ahead: int = BATCHES_AHEAD,
+    ) -> None:
         self.steps_per_epoch = order.steps_per_epoch
         self._shard_set = shard_set
         self._order = order
         self._with_alpha = with_alpha
         self._device = device
+        self._batches_ahead = batches_ahead
         self._next_step = 0
+        self._ahead: Generator[Work] | None = None
         self._batches: Iterator[Batch] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
@@ -99,7 +112,8 @@ class OrderedLoader(ABC):
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = self._decoded(self._read_ahead(self._next_step))
+            self._ahead = self._begun(self._next_step)
+            self._batches = self._delivered(self._ahead)
         try:
             batch = next(self._batches)
         except Exception:
@@ -129,8 +143,10 @@ class OrderedLoader(ABC):
         self._reader.shutdown(cancel_futures=True)
 
     def _stop(self) -> None:
-        """Drop what is prefetched."""
+        """Drop the batches in progress."""
         self._batches = None
+        if self._ahead is not None:
+            self._ahead.close()
 
     def _identity(self) -> dict[str, Any]:
         order = self._order
@@ -142,26 +158,38 @@ class OrderedLoader(ABC):
             "shards_per_window": order.windows.per_window if order.windows else None,
         }
 
-    def _read_ahead(self, step: int) -> Iterator[EncodedBatch]:
-        """The batches of `step` and all after; the next ones are read while the caller works on this one."""
+    def _begun(self, step: int) -> Generator[Work]:
+        """The batches of `step` and all after; the next ones are in progress while the caller uses this one."""
         steps = count(step)
-        reads = deque(self._reader.submit(self._read, next(steps)) for _ in range(_READ_AHEAD))
-        while True:
-            batch = reads.popleft().result()
-            reads.append(self._reader.submit(self._read, next(steps)))
-            yield batch
+        ahead = deque(self._reader.submit(self._begin_step, next(steps)) for _ in range(self._batches_ahead))
+        try:
+            while True:
+                work = ahead.popleft().result()
+                ahead.append(self._reader.submit(self._begin_step, next(steps)))
+                yield work
+        finally:
+            for begun in ahead:
+                begun.cancel()
+
+    def _begin_step(self, step: int) -> Work:
+        return self._begin(self._read(step))
 
     def _read(self, step: int) -> EncodedBatch:
         if self._order.windows:
             self._shard_set.expect(self._order.shards_at(step))
         indices, flips = self._order.batch_at(step)
-        images = [self._shard_set.image_bytes(int(index)) for index in indices]
-        alphas = [self._shard_set.alpha_bytes(int(index)) for index in indices] if self._with_alpha else []
+        samples = indices.tolist()
+        images = self._shard_set.read_many(samples, self._shard_set.image_extension)
+        alphas = self._shard_set.read_many(samples, ALPHA_EXTENSION) if self._with_alpha else []
         return EncodedBatch(images, alphas, flips, indices)
 
     @abstractmethod
-    def _decoded(self, batches: Iterator[EncodedBatch]) -> Iterator[Batch]:
-        """The pictures of consecutive batches."""
+    def _begin(self, batch: EncodedBatch) -> Work:
+        """Begin to decode a batch. Called in the reader's thread as soon as the batch is read."""
+
+    @abstractmethod
+    def _delivered(self, batches: Iterator[Work]) -> Iterator[Batch]:
+        """The decoded images of consecutive batches. Runs in the caller's thread, so it only waits and wraps."""
 
 
 def make_loader(

@@ -1,9 +1,11 @@
 """A set of shards, in a directory or on a URL, opened and checked at once; gives the encoded bytes of any sample."""
 
+import contextlib
 import hashlib
 import io
 import os
 import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -184,17 +186,17 @@ class ShardSet:
         Raises:
             UserError: the sample has no such file, or the tar has changed since it was opened.
         """
-        shard, number = self._place(sample)
-        columns = self._columns_of(shard)
-        offset, size = columns[extension][number] if extension in columns else (_ABSENT, 0)
-        if offset == _ABSENT:
-            raise UserError(f"{self.location(sample)} has no .{extension}; it has {_extensions(columns, number)}")
-        content = self._pread(shard, int(offset) - BLOCK_BYTES, BLOCK_BYTES + int(size))
-        if len(content) != BLOCK_BYTES + size:
-            raise UserError(f"{self._location_of(shard)} has been truncated while in use; rebuild the set")
-        if not is_header(content[:BLOCK_BYTES], int(size)):
-            raise UserError(f"{self.location(sample)} is not where its index says; rebuild the set")
-        return content[BLOCK_BYTES:]
+        return self._content(sample, *self._range(sample, extension))
+
+    def read_many(self, samples: Sequence[int], extension: str) -> list[bytes]:
+        """Read one file of each sample, as `read` does. The system is told first, and fetches them all at once."""
+        ranges = [self._range(sample, extension) for sample in samples]
+        if sys.platform == "linux":
+            for shard, offset, size in ranges:
+                if shard in self._descriptors:
+                    with contextlib.suppress(OSError):  # not every file system takes hints
+                        os.posix_fadvise(self._descriptors[shard], offset, size, os.POSIX_FADV_WILLNEED)
+        return [self._content(sample, *place) for sample, place in zip(samples, ranges, strict=True)]
 
     def image_bytes(self, sample: int) -> bytes:
         """The encoded picture of a sample."""
@@ -220,6 +222,24 @@ class ShardSet:
         """Shard of a sample, and its number in there."""
         shard = int(np.searchsorted(self._first, sample, side="right")) - 1
         return shard, sample - int(self._first[shard])
+
+    def _range(self, sample: int, extension: str) -> tuple[int, int, int]:
+        """Shard of a file, and offset and size of its header and content in there."""
+        shard, number = self._place(sample)
+        columns = self._columns_of(shard)
+        offset, size = columns[extension][number] if extension in columns else (_ABSENT, 0)
+        if offset == _ABSENT:
+            raise UserError(f"{self.location(sample)} has no .{extension}; it has {_extensions(columns, number)}")
+        return shard, int(offset) - BLOCK_BYTES, BLOCK_BYTES + int(size)
+
+    def _content(self, sample: int, shard: int, offset: int, size: int) -> bytes:
+        """A file's content without its header, which is checked."""
+        content = self._pread(shard, offset, size)
+        if len(content) != size:
+            raise UserError(f"{self._location_of(shard)} has been truncated while in use; rebuild the set")
+        if not is_header(content[:BLOCK_BYTES], size - BLOCK_BYTES):
+            raise UserError(f"{self.location(sample)} is not where its index says; rebuild the set")
+        return content[BLOCK_BYTES:]
 
     def _location_of(self, shard: int) -> str:
         return f"{self.root}/{self._names[shard]}"

@@ -1,95 +1,169 @@
-"""The loader for machines without DALI: a ``webdataset.DataPipeline`` of the same batches in the same order.
+"""The loader for machines without DALI: webdataset's decoder in threads, with the same batches in the same order.
 
-The pictures are read in our order through the shard set's index, decoded by webdataset's own decoder in threads, and
-one batch is made ahead while the caller works on the one before.
+The images are read in our order through the shard set's index. A task decodes a few images and writes them, normalised,
+into their places in the batch, so that nothing is left to do after the last one. Several batches are in progress at a
+time, so that no thread waits for the others at the end of a batch. Threads are used and not processes because Pillow
+and NumPy release Python's lock for most of an image's time (docs/benchmarks.md, "Loaders").
 """
 
+import weakref
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import webdataset
+from numpy.typing import NDArray
 
+from data_shards.decode import decode
 from data_shards.errors import UserError
-from data_shards.loader import Batch, EncodedBatch, OrderedLoader, check_size
+from data_shards.loader import BATCHES_AHEAD, Batch, EncodedBatch, OrderedLoader, check_size
 from data_shards.order import BatchOrder
-from data_shards.shard_set import ALPHA_EXTENSION, ShardSet
+from data_shards.shard_set import ALPHA_EXTENSION, IMAGE_EXTENSIONS, ShardSet
 
-_Pixels = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
-"""Images ``[B, 3, R, R]`` and alphas ``[B, 1, R, R]``, uint8, and indices ``[B]``."""
+_IMAGES_PER_TASK = 4  # a task itself costs about 20 us of Python's time, an image 60
 
 
-class WebDatasetLoader(OrderedLoader):
+@dataclass(frozen=True)
+class _Levels:
+    """How 8-bit levels become floats: ``(level - offset) / scale``."""
+
+    offset: float
+    scale: float
+
+
+_IMAGE_LEVELS = _Levels(127.5, 127.5)
+_ALPHA_LEVELS = _Levels(0.0, 255.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Decoding:
+    """A batch that is being decoded.
+
+    Attributes:
+        images: ``[B, 3, R, R]``, complete when all tasks are done: float32 in [-1, 1] for a batch on the CPU, uint8 in
+            pinned memory for one on a GPU.
+        alphas: ``[B, 1, R, R]``, likewise; None where the loader was made without.
+        indices: ``[B]`` int64.
+        tasks: what fills the memory.
+    """
+
+    images: torch.Tensor
+    alphas: torch.Tensor | None
+    indices: torch.Tensor
+    tasks: list[Future[None]]
+
+
+class WebDatasetLoader(OrderedLoader[_Decoding]):
     """See `data_shards.loader.Loader`."""
 
     def __init__(
         self, shard_set: ShardSet, order: BatchOrder, *, with_alpha: bool, device: torch.device, num_threads: int
     ) -> None:
         """See `data_shards.loader.make_loader`."""
-        super().__init__(shard_set, order, with_alpha=with_alpha, device=device)
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="batch-ahead")
+        # With small batches more of them are in progress: two tasks for each thread.
+        batches_ahead = max(BATCHES_AHEAD, -(-2 * num_threads * _IMAGES_PER_TASK // order.batch_size))
+        super().__init__(shard_set, order, with_alpha=with_alpha, device=device, batches_ahead=batches_ahead)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-        grey = webdataset.imagehandler("torchl8")
-        alpha = webdataset.handle_extension(ALPHA_EXTENSION, lambda content: grey(".png", content))
-        self._decoder = webdataset.Decoder([alpha, webdataset.imagehandler("torchrgb8")])
+        self._decoder = webdataset.Decoder(
+            [
+                webdataset.handle_extension(ALPHA_EXTENSION, lambda content: decode(content, "L")),
+                webdataset.handle_extension(" ".join(IMAGE_EXTENSIONS), lambda content: decode(content, "RGB")),
+            ]
+        )
+        side = shard_set.resolution
+        self._image_memory = BatchMemory((order.batch_size, 3, side, side), num_kept=batches_ahead)
+        self._alpha_memory = BatchMemory((order.batch_size, 1, side, side), num_kept=batches_ahead)
 
     def close(self) -> None:
         """See `data_shards.loader.Loader.close`."""
         super().close()
-        self._ahead.shutdown(cancel_futures=True)
         self._threads.shutdown(cancel_futures=True)
 
-    def _decoded(self, batches: Iterator[EncodedBatch]) -> Iterator[Batch]:
-        pipeline = webdataset.DataPipeline(
-            lambda: map(self._samples, batches), webdataset.map(self._with_pixels), webdataset.map(self._collated)
-        )
-        decoded = iter(pipeline)
-        following = self._ahead.submit(next, decoded)
-        while True:
-            images, alphas, indices = following.result()
-            following = self._ahead.submit(next, decoded)
+    def _begin(self, batch: EncodedBatch) -> _Decoding:
+        images = self._memory(self._image_memory)
+        alphas = self._memory(self._alpha_memory) if self._with_alpha else None
+        into = images.numpy(), None if alphas is None else alphas.numpy()
+        positions = range(len(batch.indices))
+        tasks = [
+            self._threads.submit(self._decode, batch, positions[start : start + _IMAGES_PER_TASK], *into)
+            for start in positions[::_IMAGES_PER_TASK]
+        ]
+        return _Decoding(images, alphas, torch.from_numpy(batch.indices), tasks)
+
+    def _delivered(self, batches: Iterator[_Decoding]) -> Iterator[Batch]:
+        for batch in batches:
+            wait(batch.tasks, return_when=FIRST_EXCEPTION)  # wakes this thread once, not after each task
+            for task in batch.tasks:
+                task.result()
             yield Batch(
-                images=(self._to_device(images) - 127.5) / 127.5,
-                alphas=None if alphas is None else self._to_device(alphas) / 255.0,
-                indices=indices,
+                images=self._to_device(batch.images, _IMAGE_LEVELS),
+                alphas=None if batch.alphas is None else self._to_device(batch.alphas, _ALPHA_LEVELS),
+                indices=batch.indices,
             )
 
-    def _samples(self, batch: EncodedBatch) -> list[dict[str, Any]]:
-        samples: list[dict[str, Any]] = [
-            {
-                "__key__": self._shard_set.location(int(index)),
-                "__index__": int(index),
-                "__flip__": bool(flip),
-                self._shard_set.image_extension: image,
-            }
-            for index, flip, image in zip(batch.indices, batch.flips, batch.images, strict=True)
-        ]
-        if self._with_alpha:
-            for sample, alpha in zip(samples, batch.alphas, strict=True):
-                sample[ALPHA_EXTENSION] = alpha
-        return samples
+    def _decode(self, batch: EncodedBatch, positions: range, images: NDArray[Any], alphas: NDArray[Any] | None) -> None:
+        """Fill a batch's `positions`."""
+        extension = self._shard_set.image_extension
+        for position in positions:
+            index = int(batch.indices[position])
+            sample: dict[str, Any] = {"__key__": str(index), extension: batch.images[position]}
+            if alphas is not None:
+                sample[ALPHA_EXTENSION] = batch.alphas[position]
+            try:
+                sample = self._decoder(sample)
+            except webdataset.DecodingError as error:
+                location = self._shard_set.location(index)
+                raise UserError(f"{location}: its .{error.k} cannot be decoded; rebuild the set") from error
+            flip = bool(batch.flips[position])
+            self._write(sample[extension], images[position], _IMAGE_LEVELS, index=index, flip=flip)
+            if alphas is not None:
+                self._write(sample[ALPHA_EXTENSION], alphas[position], _ALPHA_LEVELS, index=index, flip=flip)
 
-    def _with_pixels(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        try:
-            return list(self._threads.map(self._decoder, samples))
-        except webdataset.DecodingError as error:
-            raise UserError(f"{error.key}: its .{error.k} cannot be decoded; rebuild the set") from error
+    def _write(self, pixels: NDArray[np.uint8], out: NDArray[Any], levels: _Levels, *, index: int, flip: bool) -> None:
+        """Write ``[C, R, R]`` to its place in the batch; by NumPy, whose operators start no threads of their own."""
+        check_size(self._shard_set, index, *pixels.shape[1:])
+        out[...] = pixels[..., ::-1] if flip else pixels
+        if out.dtype == np.float32:
+            np.subtract(out, levels.offset, out=out)
+            np.divide(out, levels.scale, out=out)
 
-    def _collated(self, samples: list[dict[str, Any]]) -> _Pixels:
-        images = torch.stack([self._oriented(sample, self._shard_set.image_extension) for sample in samples])
-        alphas = None
-        if self._with_alpha:
-            alphas = torch.stack([self._oriented(sample, ALPHA_EXTENSION)[None] for sample in samples])
-        return images, alphas, torch.tensor([sample["__index__"] for sample in samples])
+    def _memory(self, of_cpu: "BatchMemory") -> torch.Tensor:
+        if self._device.type != "cuda":
+            return torch.from_numpy(of_cpu.take())
+        with torch.cuda.device(self._device):  # this thread's own device may be another one
+            return torch.empty(of_cpu.shape, dtype=torch.uint8, pin_memory=True)  # torch itself reuses this memory
 
-    def _oriented(self, sample: dict[str, Any], extension: str) -> torch.Tensor:
-        pixels: torch.Tensor = sample[extension]
-        height, width = pixels.shape[-2:]
-        check_size(self._shard_set, sample["__index__"], height, width)
-        return pixels.flip(-1) if sample["__flip__"] else pixels
-
-    def _to_device(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, pixels: torch.Tensor, levels: _Levels) -> torch.Tensor:
         if self._device.type == "cuda":
-            pixels = pixels.pin_memory()
-        return pixels.to(self._device, non_blocking=True).float()
+            return pixels.to(self._device, non_blocking=True).float().sub_(levels.offset).div_(levels.scale)
+        return pixels.to(self._device)
+
+
+class BatchMemory:
+    """Float32 memory for batches, reused when a batch is no longer referenced.
+
+    New memory of that size comes from the system a page at a time, and the page faults of a batch take about as long as
+    decoding it.
+
+    Attributes:
+        shape: of a batch.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, num_kept: int) -> None:
+        """Keep the memory of up to `num_kept` batches that are no longer referenced."""
+        self.shape = shape
+        self._free: deque[NDArray[np.float32]] = deque(maxlen=num_kept)
+
+    def take(self) -> NDArray[np.float32]:
+        """Memory of undefined content; the caller's while this array or a tensor made from it exists."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(self.shape, np.float32)
+        lent = memory[:]
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return lent

@@ -1,7 +1,10 @@
 """The loaders: the same pictures in the same order for any number of ranks and either library, resumable exactly."""
 
+import gc
 import io
 import tarfile
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from data_shards.decode import decode
 from data_shards.errors import UserError
 from data_shards.loader import Batch, Loader, LoaderKind, make_loader
 from data_shards.order import BatchOrder, ShardWindows, epoch_order, rank_slots
 from data_shards.sample import Sample
 from data_shards.shard_set import ShardSet
+from data_shards.wds import BatchMemory
 from data_shards.writer import write_encoded_shards, write_shards
 
 NUM_SAMPLES, RESOLUTION = 22, 16
@@ -46,6 +51,7 @@ def loader_of(
     flip: bool = True,
     with_alpha: bool = True,
     device: str = "cpu",
+    num_threads: int = 1,
 ) -> Loader:
     if kind == "dali":
         pytest.importorskip("nvidia.dali")
@@ -59,7 +65,7 @@ def loader_of(
         flip=flip,
         with_alpha=with_alpha,
         device=torch.device(device),
-        num_threads=1,
+        num_threads=num_threads,
     )
 
 
@@ -343,6 +349,142 @@ def test_loaders_without_alpha_or_flip_deliver_neither(shard_set: ShardSet, kind
     assert batch.alphas is None
     stored = np.asarray(Image.open(io.BytesIO(shard_set.image_bytes(int(batch.indices[0])))))
     np.testing.assert_allclose(batch.images[0].permute(1, 2, 0) * 127.5 + 127.5, stored, atol=1e-3)
+
+
+@pytest.mark.parametrize("with_alpha", [True, False], ids=["with alpha", "without"])
+def test_webdataset_normalises_as_torch_does_bit_for_bit(shard_set: ShardSet, with_alpha: bool) -> None:
+    loader = loader_of(shard_set, "webdataset", with_alpha=with_alpha)
+    order = BatchOrder(NUM_SAMPLES, global_batch=8, seed=5, flip=True)
+    levels: set[int] = set()
+    for step, batch in enumerate(take(loader, 4)):
+        for image, position in zip(batch.images, zip(*order.batch_at(step), strict=True), strict=True):
+            stored = stored_pixels(shard_set, *position)
+            assert torch.equal(image, (stored.float() - 127.5) / 127.5)
+            levels |= set(stored.flatten().tolist())
+        if with_alpha:
+            reds = [stored_pixels(shard_set, *position)[:1] for position in zip(*order.batch_at(step), strict=True)]
+            assert torch.equal(batch.alphas, torch.stack(reds).float() / 255.0)
+    assert levels == set(range(256))
+
+
+def stored_pixels(shard_set: ShardSet, index: int, flip: bool) -> torch.Tensor:
+    """``[3, R, R]`` uint8 of a sample, by Pillow and torch."""
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(shard_set.image_bytes(int(index)))))).permute(2, 0, 1)
+    return pixels.flip(-1) if flip else pixels
+
+
+@pytest.mark.parametrize("source", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (64, 64), (2200, 2000)], ids=str)
+def test_decoded_pixels_are_those_that_pillow_copies_out(source: str, mode: str, size: tuple[int, int]) -> None:
+    """Of an image whose memory is in several pieces, too: the largest has 17 MB."""
+    width, height = size
+    pixels = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(source).save(buffer, "tiff")
+    decoded = decode(buffer.getvalue(), mode)
+    gc.collect()  # the image itself is gone
+    expected = np.atleast_3d(np.asarray(Image.open(buffer).convert(mode))).transpose(2, 0, 1)
+    assert decoded.shape == (len(mode), height, width) and np.array_equal(decoded, expected)
+
+
+@pytest.mark.parametrize("num_threads", [2, 16])
+def test_webdataset_works_on_several_batches_at_a_time(shard_set: ShardSet, num_threads: int) -> None:
+    loader = loader_of(shard_set, "webdataset", global_batch=4, num_threads=num_threads)
+    order = BatchOrder(NUM_SAMPLES, global_batch=4, seed=5, flip=True)
+    step_of = {str(index): step for step in range(2) for index in order.batch_at(step)[0]}
+    decoder, begun, both_begun = loader._decoder, set(), threading.Event()
+
+    def waiting(sample: dict[str, Any]) -> dict[str, Any]:
+        """Decode, but only once an image of each of two batches has begun."""
+        begun.add(step_of.get(sample["__key__"], 0))
+        if len(begun) > 1:
+            both_begun.set()
+        assert both_begun.wait(60)
+        return decoder(sample)
+
+    loader._decoder = waiting
+    batches = take(loader, 2)
+    assert_equal(batches, take(loader_of(shard_set, "webdataset", global_batch=4), 2))
+    loader.close()
+
+
+def test_memory_of_a_batch_is_used_again_when_nothing_of_it_is_left() -> None:
+    memory = BatchMemory((4, 3), num_kept=2)
+    lent = [torch.from_numpy(memory.take()) for _ in range(4)]
+    addresses = [tensor.data_ptr() for tensor in lent]
+    assert len(set(addresses)) == 4
+    view = lent[0][1:].view(-1)
+    array = lent[1].numpy()[2:]
+    lent.clear()
+    again = [torch.from_numpy(memory.take()) for _ in range(3)]
+    assert {tensor.data_ptr() for tensor in again[:2]} == set(addresses[2:])  # the first two are in use
+    assert again[2].data_ptr() not in addresses
+    del view, array
+    assert torch.from_numpy(memory.take()).data_ptr() in addresses[:2]
+
+
+def test_memory_that_nobody_has_is_limited() -> None:
+    memory = BatchMemory((4, 3), num_kept=2)
+    lent = [memory.take() for _ in range(5)]
+    kept = [weakref.ref(array.base) for array in lent]
+    lent.clear()
+    assert sum(reference() is not None for reference in kept) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("delivered", [0, 1, 7])
+def test_closed_loader_leaves_no_thread_and_batches_stay(shard_set: ShardSet, kind: LoaderKind, delivered: int) -> None:
+    before = set(threading.enumerate())
+    loader = loader_of(shard_set, kind, num_threads=3)
+    pipelines = pipelines_of(loader) if kind == "dali" else []
+    kept = take(loader, delivered)
+    copies = [Batch(batch.images.clone(), batch.alphas.clone(), batch.indices.clone()) for batch in kept]
+    loader.close()
+    assert set(threading.enumerate()) <= before  # those of loaders that other tests left may end meanwhile
+    assert [pipeline() for pipeline in pipelines] == [None] * (kind == "dali" and delivered > 0)  # nor DALI's threads
+    assert_equal(kept, copies)
+
+
+def pipelines_of(loader: Loader) -> list[weakref.ref[Any]]:
+    """The DALI pipelines that a loader makes from now on; one that is gone has ended its threads."""
+    make, made = loader._pipeline, []
+
+    def recorded(inputs: Any) -> Any:
+        pipeline = make(inputs)
+        made.append(weakref.ref(pipeline))
+        return pipeline
+
+    loader._pipeline = recorded
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loader_with_a_broken_image_closes(tmp_path: Path, kind: LoaderKind) -> None:
+    files = {"png": png_of(noise(RESOLUTION)), "json": b"{}"}
+    samples = [{**files, "png": files["png"][: 40 + number]} for number in range(16)]
+    write_encoded_shards(samples, tmp_path / "set", resolution=RESOLUTION, source={})
+    before = set(threading.enumerate())
+    loader = loader_of(ShardSet.open(tmp_path / "set"), kind, with_alpha=False, num_threads=3)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        next(loader)
+    loader.close()
+    assert set(threading.enumerate()) <= before  # those of loaders that other tests left may end meanwhile
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tars_beyond_the_limit_of_open_files_are_read(
+    kind: LoaderKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_numbered(tmp_path / "set", 16, 8)
+    expected = take(loader_of(ShardSet.open(tmp_path / "set"), "webdataset", with_alpha=False), 4)
+    monkeypatch.setattr("data_shards.shard_set._MAX_OPEN_FILES", 3)
+    shard_set = ShardSet.open(tmp_path / "set")
+    batches = take(loader_of(shard_set, kind, with_alpha=False), 4)
+    assert [batch.indices.tolist() for batch in batches] == [batch.indices.tolist() for batch in expected]
+    for batch, other in zip(batches, expected, strict=True):
+        torch.testing.assert_close(batch.images, other.images, rtol=0, atol=1e-6)
+    assert len(shard_set._descriptors) == 3
 
 
 def test_alphas_of_a_set_without_are_refused(tmp_path: Path) -> None:
