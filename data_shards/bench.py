@@ -2,9 +2,12 @@
 
 python data_shards/bench.py                                 # furballs at 256 px, drawn first
 python data_shards/bench.py --data shards/mine --batch 64   # your own pictures
+python data_shards/bench.py --resolution 8                  # almost nothing to decode: what is serial remains
 
 All read the same shards in the same order, in turn and over again, so that what else the machine does slows all alike.
 "Pillow + DataLoader" is the straightforward way: a `torch.utils.data.Dataset` of the same files in worker processes.
+The last column is the CPU time of the thread that asks for batches, which cannot train meanwhile, however many cores
+there are.
 """
 
 import contextlib
@@ -30,7 +33,7 @@ from data_shards.loader import LoaderKind, has_dali, make_loader
 from data_shards.order import GROUP_SIZE, BatchOrder
 from data_shards.shard_set import ShardSet
 
-_DRAIN = 6  # batches that a loader may have made while another one was timed
+_PREFETCH = 2  # batches that each process of a `DataLoader` makes ahead, by default
 PLAIN = "Pillow + DataLoader"
 
 
@@ -105,7 +108,7 @@ def _plain(shard_set: ShardSet, arguments: Arguments, num_workers: int) -> Itera
         batch_sampler=_Positions(order),
         num_workers=num_workers,
         multiprocessing_context="spawn",  # a fork would copy the locks of DALI's threads
-        prefetch_factor=2,
+        prefetch_factor=_PREFETCH,
     )
     return (images for images, *_ in loader)
 
@@ -128,38 +131,71 @@ def _ours(
     return (batch.images for batch in loader)
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How fast a loader delivered some batches.
+
+    Attributes:
+        rate: images a second.
+        caller_us: CPU time of the calling thread, microseconds an image.
+    """
+
+    rate: float
+    caller_us: float
+
+
 def measure(
-    loaders: Mapping[str, Iterator[Tensor]], *, batch: int, num_batches: int, repetitions: int
-) -> dict[str, list[float]]:
-    """Pictures a second of each loader at each repetition, in turn."""
-    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    loaders: Mapping[str, Iterator[Tensor]], *, batch: int, num_batches: int, num_drained: int, repetitions: int
+) -> dict[str, list[Timing]]:
+    """Time each loader in turn, once each repetition.
+
+    Args:
+        loaders: batches of images, by the loaders' names.
+        batch: images a batch.
+        num_batches: timed, each time.
+        num_drained: taken before without timing: as many as a loader may have made while another one was timed.
+        repetitions: how often.
+    """
+    timings: dict[str, list[Timing]] = {name: [] for name in loaders}
     for repetition in range(repetitions + 1):
         for name, images in loaders.items():
-            for _ in range(_DRAIN):
+            for _ in range(num_drained):
                 next(images)
-            seconds = _seconds_of(images, num_batches)
+            timing = _timed(images, batch, num_batches)
             if repetition > 0:  # the first one warms up
-                rates[name].append(batch * num_batches / seconds)
-    return rates
+                timings[name].append(timing)
+    return timings
 
 
-def _seconds_of(stream: Iterator[Tensor], num_batches: int) -> float:
-    start = time.perf_counter()
+def max_prepared(threads: int) -> int:
+    """How many batches a loader with that many threads, or processes, may have ready or in progress."""
+    return _PREFETCH * threads + 6  # ours: 5 at most, or two for each thread where batches are small
+
+
+def _timed(stream: Iterator[Tensor], batch: int, num_batches: int) -> Timing:
+    start, start_cpu = time.perf_counter(), time.thread_time()
     for _ in range(num_batches):
         images = next(stream)
+    caller = time.thread_time() - start_cpu
     if images.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    num_images = batch * num_batches
+    return Timing(num_images / (time.perf_counter() - start), 1e6 * caller / num_images)
 
 
-def report(rates: Mapping[str, list[float]], skipped: Mapping[str, str]) -> str:
+def report(timings: Mapping[str, list[Timing]], skipped: Mapping[str, str]) -> str:
     """A table in Markdown."""
-    plain = statistics.median(rates[PLAIN])
-    lines = [f"| loader | img/s, median | least | most | against {PLAIN} |", "| --- | --- | --- | --- | --- |"]
-    for name, taken in rates.items():
-        median = statistics.median(taken)
-        lines.append(f"| {name} | {median:.0f} | {min(taken):.0f} | {max(taken):.0f} | {median / plain:.2f}x |")
-    lines += [f"| {name} | skipped: {reason} | | | |" for name, reason in skipped.items()]
+    plain = statistics.median(timing.rate for timing in timings[PLAIN])
+    lines = [
+        f"| loader | img/s, median | least | most | against {PLAIN} | calling thread, us/img |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, taken in timings.items():
+        rates = [timing.rate for timing in taken]
+        median, caller = statistics.median(rates), statistics.median(timing.caller_us for timing in taken)
+        spread = f"{min(rates):.0f} | {max(rates):.0f}"
+        lines.append(f"| {name} | {median:.0f} | {spread} | {median / plain:.2f}x | {caller:.0f} |")
+    lines += [f"| {name} | skipped: {reason} | | | | |" for name, reason in skipped.items()]
     return "\n".join(lines)
 
 
@@ -184,10 +220,14 @@ def main() -> None:
             f".{shard_set.image_extension}{' with alpha' if arguments.alpha else ''}; batch {arguments.batch}, "
             f"{threads} threads, {gpu}\n"
         )
-        rates = measure(
-            loaders, batch=arguments.batch, num_batches=arguments.batches, repetitions=arguments.repetitions
+        timings = measure(
+            loaders,
+            batch=arguments.batch,
+            num_batches=arguments.batches,
+            num_drained=max_prepared(threads),
+            repetitions=arguments.repetitions,
         )
-        print(report(rates, skipped))
+        print(report(timings, skipped))
 
 
 def _loaders(
@@ -200,6 +240,7 @@ def _loaders(
         "DALI, CPU": ("dali", "cpu"),
         "DALI, GPU": ("dali", "cuda"),
         "webdataset, CPU": ("webdataset", "cpu"),
+        "webdataset, GPU": ("webdataset", "cuda"),
     }
     for name, (kind, device) in ours.items():
         if device == "cuda" and not torch.cuda.is_available():
