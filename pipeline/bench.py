@@ -1,127 +1,233 @@
-"""How fast a training step is, and how much of what the arithmetic allows.
+"""How fast a training step is, and how much of what the machine allows.
 
 python pipeline/bench.py                                             # the default run, on this machine
 python pipeline/bench.py --dataset ffhq --resolution 64 --batch 4    # the paper's networks, small pictures
-python pipeline/bench.py --dataset ffhq --batch 16 64 --precision fp32 bf16 --json bench.json       # on a GPU
+python pipeline/bench.py --dataset ffhq --batch 16 64 --precision bf16 --no-reference --json bench.json      # on a GPU
 
-Times each phase of training beside a plain reading of the papers (`tests/reference.py`) in the same run, one after the
-other and over again, with the matrix product of this machine in between: noise slows all alike. Needs torch alone, and
-a loader's packages for --data.
+Prints while it measures: first our steps, what is cheap before what is not; then, on a GPU, their kernels; last a plain
+reading of the papers (`tests/reference.py`) in turn with ours, so that noise slows both alike. Ctrl-C or SIGTERM ends
+it, and what was measured until then stays, on the screen and in the file. Needs torch alone, and a loader's packages
+for --data.
 """
 
 import argparse
-import contextlib
-import gc
 import json
-import statistics
-import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from data_shards.command import run_command
-from data_shards.errors import UserError
+from data_shards.errors import UserError, shortage_of_memory
+from pipeline.bench_around import checkpoint_cost, drawing_seconds, waiting_share
+from pipeline.bench_measure import Limits, Profile, Runner, costs, limits, profiled
 from pipeline.bench_variants import Ours, Plain, Variant
-from pipeline.checkpoints import copy_to_host, save_checkpoint
 from pipeline.config import PRESETS, Config, preset
-from pipeline.costs import Cost, Counter, matmul_flop_per_s, peak_bytes, seconds_of
-from pipeline.learner import uses_bfloat16
-from pipeline.randomness import Stream, draw
-from pipeline.schedules import is_due
+from pipeline.costs import Cost
+from pipeline.determinism import refusals_named
+from pipeline.interrupt import Interrupt, Interrupted
+from pipeline.learner import uses_bfloat16, uses_graphs
+
+ITERATIONS_WAITING = 20
+"""Trained on --data to see how long a step waits."""
+
+NOTHING = Cost(0.0, 0.0, 0.0, 0.0, 0.0)
+
+HEADER = (
+    "| phase | device ms | host ms | TFLOP | MFU | GB moved | of bandwidth | operators | peak GB |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+)
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One variant: cost of a step of each phase, and of a mean iteration.
+class Bench:
+    """Measures one batch size after the other, prints and keeps what it has.
 
     Attributes:
-        phases: by name.
-        iteration: with the lazy phase's share.
-        batch: real images an iteration.
-        peak_bytes: most memory held at a time, of a process that does nothing else.
-        matmul_share: FLOP/s of the iteration over that of a matrix product in the same precision.
+        figures: all that was measured, one tree a batch size; written to the file after each step.
+
+    Args:
+        arguments: of the command line.
+        configs: one a batch size.
     """
 
-    phases: dict[str, Cost]
-    iteration: Cost
-    batch: int
-    peak_bytes: int
-    matmul_share: float
+    def __init__(self, arguments: argparse.Namespace, configs: list[Config]) -> None:
+        self._arguments, self._device = arguments, torch.device(arguments.device)
+        self._configs = configs
+        self._limits: dict[torch.dtype, Limits] = {}
+        self._plan = [(config, _variants(config, arguments)) for config in configs]
+        self.figures = [self._heading(config) for config in configs]
 
-    @property
-    def img_per_s(self) -> float:
-        """Real images a second."""
-        return self.batch / self.iteration.seconds
+    def run(self) -> None:
+        """Measure everything that the command line asks for, the cheapest first."""
+        for (config, variants), figures in zip(self._plan, self.figures, strict=True):
+            print(f"\n## {config.dataset}, {config.resolution} px, batch {config.batch}")
+            for number, variant in enumerate(variants):
+                self._steps(variant, figures, with_surroundings=number == 0)
+        if self._device.type == "cuda" or self._arguments.profile:
+            for (_, variants), figures in zip(self._plan, self.figures, strict=True):
+                for variant in variants:
+                    self._kernels(variant, figures)
+        if self._arguments.reference:
+            for (config, variants), figures in zip(self._plan, self.figures, strict=True):
+                self._reference(variants[0], Variant("plain", config, plain=True), figures)
+            smallest = min(self._configs, key=lambda config: config.batch)
+            difference = agreement(replace(smallest, precision="fp32"), self._device)
+            self.figures[0]["agreement"] = difference
+            self._keep(f"greatest relative difference of a loss term between ours, fp32, and plain: {difference:.1e}")
 
-    @property
-    def flop_per_s(self) -> float:
-        """Counted floating-point operations a second."""
-        return self.iteration.flops / self.iteration.seconds
+    def _heading(self, config: Config) -> dict[str, Any]:
+        return {
+            "dataset": config.dataset,
+            "resolution": config.resolution,
+            "batch": config.batch,
+            "machine": machine(self._device),
+            "torch": torch.__version__,
+            "limits": {},
+            "variants": {},
+        }
 
+    def _keep(self, line: str = "") -> None:
+        """Print a line, and write what there is."""
+        print(line, flush=True)
+        if self._arguments.json:
+            self._arguments.json.write_text(json.dumps(self.figures, indent=2) + "\n")
 
-def measure(variants: Sequence[Variant], device: torch.device, repetitions: int) -> dict[str, Measurement]:
-    """Time the phases of all variants in turn, and count what they do; one that is out of memory is left out."""
-    peaks: dict[str, int] = {}
-    for variant in variants:
+    def _started(self, variant: Variant, figures: dict[str, Any]) -> Runner | None:
+        """The variant, warmed up; None where there is not enough memory for it."""
         try:
-            peaks[variant.name] = peak_bytes(partial(_first_iteration, variant, device), device)
-        except torch.OutOfMemoryError:
-            print(f"{variant.name}: out of memory at batch {variant.config.batch}")
-        _free(device)
-    variants = [variant for variant in variants if variant.name in peaks]
-    made = {variant.name: variant.make(device) for variant in variants}
-    counts = {name: _count(implementation) for name, implementation in made.items()}
+            return Runner(variant, self._device)
+        except Exception as error:
+            if (shortage := shortage_of_memory(error)) is None:
+                raise
+            figures["variants"].setdefault(variant.name, {})["failed"] = f"out of memory ({shortage})"
+        self._keep(f"\n{variant.name}: out of memory at batch {variant.config.batch} ({shortage})")
+        return None
 
-    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in made}
-    dtypes = {v.name: _dtype(v, device) for v in variants}
-    matmul: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes.values()}
-    for _ in range(repetitions):
-        for dtype, rates in matmul.items():
-            rates.append(matmul_flop_per_s(device, dtype))
-        for name, implementation in made.items():
-            for phase, step in implementation.steps():
-                seconds[name].setdefault(phase, []).append(seconds_of(step, device))
+    def _limits_of(self, variant: Variant, figures: dict[str, Any]) -> Limits:
+        """What the device does at most in the variant's precision, measured once."""
+        bfloat16 = not variant.plain and uses_bfloat16(variant.config.precision, self._device)
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        name = str(dtype).removeprefix("torch.")
+        if dtype not in self._limits:
+            found = self._limits[dtype] = limits(self._device, dtype)
+            of = "by its maker's data sheet" if found.stated_flop_per_s else "of that product"
+            self._keep(
+                f"\nlargest {name} matrix product: {found.matmul_flop_per_s / 1e12:.3g} TFLOP/s; copy: "
+                f"{found.copy_bytes_per_s / 1e9:.3g} GB/s; MFU: share of {found.flop_per_s / 1e12:.3g} TFLOP/s, {of}"
+            )
+        figures["limits"][name] = asdict(self._limits[dtype])
+        return self._limits[dtype]
 
-    measured = {}
-    for variant in variants:
-        name = variant.name
-        phases = {phase: Cost(statistics.median(seconds[name][phase]), *counts[name][phase]) for phase in counts[name]}
-        iteration = Cost(0.0, 0, 0)
-        for phase, cost in phases.items():
-            iteration += cost.times(1 / variant.config.loss.r1_interval if phase == "d_r1" else 1.0)
-        share = iteration.flops / iteration.seconds / statistics.median(matmul[dtypes[name]])
-        measured[name] = Measurement(phases, iteration, variant.config.batch, peaks[name], share)
-    return measured
+    def _steps(self, variant: Variant, figures: dict[str, Any], *, with_surroundings: bool) -> None:
+        """Time a variant's phases, and what goes on around them."""
+        allowed = self._limits_of(variant, figures)
+        runner = self._started(variant, figures)
+        if runner is None:
+            return
+        own = figures["variants"][variant.name] = {
+            "first_iteration_s": runner.first_iteration_s,
+            "warm_up_s": runner.warm_up_s,
+            "phases": {},
+        }
+        self._keep(
+            f"\n{variant.name}: first iteration after {runner.first_iteration_s:.1f} s, "
+            f"warmed up after {runner.warm_up_s:.1f} s\n\n{HEADER}"
+        )
+        iterations = self._timed([runner], allowed, own)
+        if iterations is None:
+            return
+        memory = f"; {runner.reserved_bytes / 1e9:.2f} GB of the GPU's memory reserved" if runner.reserved_bytes else ""
+        own["reserved_bytes"] = runner.reserved_bytes
+        self._keep(f"\n{variant.name}: {own['img_per_s']:.1f} img/s{memory}")
+        if not variant.config.cuda_graphs:
+            graphed = figures["variants"][variant.name.removesuffix(" eager")]
+            if "img_per_s" in graphed:
+                self._keep(f"with graphs it is {graphed['img_per_s'] / own['img_per_s']:.2f} times as fast")
+        if with_surroundings:
+            self._surroundings(runner.implementation, figures, *iterations)
 
+    def _timed(self, runners: list[Runner], allowed: Limits, tree: dict[str, Any]) -> list[Cost] | None:
+        """The mean iteration of each variant; None where a phase failed. They take turns.
 
-def _first_iteration(variant: Variant, device: torch.device) -> None:
-    """The one in which everything is due."""
-    for _, step in variant.make(device).steps([0]):
-        step()
+        Rows of the last one are printed, and go into `tree`.
+        """
+        shown = runners[-1]
+        intervals = shown.implementation.intervals()
+        iterations = [NOTHING for _ in runners]
+        ready = [phase for phase in shown.steps if not any(phase in runner.failures for runner in runners)]
+        for phase in sorted(ready, key=lambda phase: shown.counted(phase)[0]):
+            timed = shown.attempt(phase, lambda: costs(runners, phase, self._device, self._arguments.repetitions))  # noqa: B023
+            if timed is not None:
+                iterations = [sum_ + x.times(1 / intervals[phase]) for sum_, x in zip(iterations, timed, strict=True)]
+                peak = shown.peak_bytes[phase]
+                tree["phases"][phase] = _figures(timed[-1], allowed) | {"peak_bytes": peak}
+                self._keep(_row(phase, timed[-1], allowed, peak))
+        failures = {phase: why for runner in runners for phase, why in runner.failures.items()}
+        for phase, why in failures.items():
+            tree["phases"][phase] = {"failed": why}
+            self._keep(f"| {phase} | {why} |" + " |" * 7)
+        if failures:
+            return None
+        peak = max(shown.peak_bytes.values())
+        tree["iteration"] = _figures(iterations[-1], allowed) | {"peak_bytes": peak}
+        tree["img_per_s"] = shown.variant.config.batch / iterations[-1].device_s
+        self._keep(_row("mean iteration", iterations[-1], allowed, peak))
+        return iterations
 
+    def _surroundings(self, ours: Ours, figures: dict[str, Any], iteration: Cost) -> None:
+        checkpoint = checkpoint_cost(ours, self._device)
+        figures["checkpoint"] = asdict(checkpoint)
+        self._keep(
+            f"checkpoint of {checkpoint.bytes / 1e6:.0f} MB: training stalls for {checkpoint.stall_s:.2f} s, "
+            f"writing in the background takes {checkpoint.write_s:.2f} s"
+        )
+        drawing = drawing_seconds(ours, self._device, 5 * self._arguments.repetitions) / iteration.device_s
+        figures["drawing_share"] = drawing
+        self._keep(f"latents and noise, drawn sample by sample: {drawing:.2%} of an iteration")
+        if self._arguments.data:
+            kind = self._arguments.loader
+            waiting = waiting_share(ours, self._device, self._arguments.data, kind, ITERATIONS_WAITING)
+            figures["waiting_share"] = waiting
+            self._keep(f"waiting for data: {waiting:.2%} of the time")
 
-def _count(implementation: Ours) -> dict[str, tuple[int, int]]:
-    """FLOPs and bytes of a step of each phase, the mean over `steps`; also warms up."""
-    counted: dict[str, list[tuple[int, int]]] = {}
-    for phase, step in implementation.steps():
-        with Counter() as counter:
-            step()
-        counted.setdefault(phase, []).append((counter.flops, counter.bytes_moved))
-    return {
-        phase: (round(statistics.mean(f for f, _ in pairs)), round(statistics.mean(b for _, b in pairs)))
-        for phase, pairs in counted.items()
-    }
+    def _kernels(self, variant: Variant, figures: dict[str, Any]) -> None:
+        """What the device does in each phase of a variant; on a GPU also how often the host calls it."""
+        runner = self._started(variant, figures)
+        if runner is None:
+            return
+        title, cuda = f"{variant.name}, batch {variant.config.batch}", self._device.type == "cuda"
+        profiles: dict[str, Profile] = {}
+        if cuda:
+            self._keep(f"\n| {title} | kernels | calls by the host | busy ms |\n| --- | --- | --- | --- |")
+        for phase, steps in runner.steps.items():
+            found = runner.attempt(phase, lambda: profiled(steps, self._device))  # noqa: B023
+            if found is None:
+                continue
+            profiles[phase] = found
+            if cuda:
+                tree = figures["variants"][variant.name].setdefault("phases", {}).setdefault(phase, {})
+                tree |= {"kernels": found.calls, "launches": found.launches, "busy_s": found.seconds}
+                self._keep(f"| {phase} | {found.calls:.0f} | {found.launches:.0f} | {found.seconds * 1e3:.2f} |")
+        if self._arguments.profile:
+            for phase, found in profiles.items():
+                title = f"{phase} of {variant.name}, batch {variant.config.batch}: {'kernel' if cuda else 'operator'}"
+                self._keep(f"\n{profile_table(title, found, self._arguments.rows)}")
 
-
-def _dtype(variant: Variant, device: torch.device) -> torch.dtype:
-    bfloat16 = not variant.plain and uses_bfloat16(variant.config.precision, device)
-    return torch.bfloat16 if bfloat16 else torch.float32
+    def _reference(self, ours: Variant, plain: Variant, figures: dict[str, Any]) -> None:
+        """Time the plain reading in turn with ours."""
+        runners = [runner for variant in (ours, plain) if (runner := self._started(variant, figures)) is not None]
+        if len(runners) < 2:
+            return
+        own: dict[str, Any] = {"phases": {}}
+        figures["variants"]["plain"] = own
+        self._keep(f"\nplain, batch {plain.config.batch}:\n\n{HEADER}")
+        iterations = self._timed(runners, self._limits_of(plain, figures), own)
+        if iterations is not None:
+            speedup = iterations[1].device_s / iterations[0].device_s
+            figures["speed_against_plain"] = speedup
+            self._keep(f"\n{ours.name} is {speedup:.2f} times as fast as plain, timed in turn")
 
 
 def agreement(config: Config, device: torch.device) -> float:
@@ -137,155 +243,56 @@ def agreement(config: Config, device: torch.device) -> float:
     return worst
 
 
-@dataclass(frozen=True)
-class CheckpointCost:
-    """What a checkpoint costs: training waits for the stall alone."""
-
-    stall_seconds: float
-    write_seconds: float
-    bytes: int
-
-
-def checkpoint_cost(variant: Variant, device: torch.device) -> CheckpointCost:
-    """Time one checkpoint of networks and optimizers, to a temporary file."""
-    ours = variant.make(device)
-    for _, step in ours.steps():
-        step()
-    copies: list[dict[str, Any]] = []
-    stall = min(seconds_of(lambda: copies.append(copy_to_host(ours.learner.state_dict())), device) for _ in range(3))
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "checkpoint.pt"
-        write = seconds_of(lambda: save_checkpoint(copies[-1], path), device)
-        return CheckpointCost(stall, write, path.stat().st_size)
-
-
-def drawing_share(variant: Variant, device: torch.device, iteration_seconds: float, repetitions: int) -> float:
-    """Share of an iteration's time that goes into its latents and noise, each sample's by its place in the run."""
-    config, generator = variant.config, variant.make(device).learner.generator
-    sizes = {"z_dim": generator.z_dim, "num_noise": generator.num_noise}
-
-    def draw_all() -> None:
-        for stream in (Stream.D_MAIN, Stream.G_MAIN):
-            draw(config.seed, stream, 0, range(config.batch), **sizes, device=device)
-
-    draw_all()
-    return statistics.median(seconds_of(draw_all, device) for _ in range(repetitions)) / iteration_seconds
-
-
-def waiting_share(variant: Variant, device: torch.device, data: Path, kind: Any, iterations: int) -> float:
-    """Share of the time of training on the shards in `data` that the host waits for the loader."""
-    from data_shards.loader import make_loader
-    from data_shards.shard_set import ShardSet
-
-    config, ours = variant.config, variant.make(device)
-    shard_set = ShardSet.open(data, resolution=config.resolution)
-    loader = make_loader(
-        kind,
-        shard_set,
-        global_batch=config.batch,
-        rank=0,
-        world_size=1,
-        seed=config.seed,
-        flip=config.flip,
-        with_alpha=False,
-        device=device,
-        num_threads=torch.get_num_threads(),
-    )
-    waits: list[float] = []
-
-    def train() -> None:
-        for iteration in range(iterations):
-            # As in training, a GPU still works on the last step while the host gets the next batch.
-            start = time.perf_counter()
-            images = next(loader).images
-            waits.append(time.perf_counter() - start)
-            for phase in ours.learner.phases:
-                if is_due(iteration, phase.interval):
-                    ours.run(phase, iteration, images)
-
-    with contextlib.closing(loader), contextlib.closing(shard_set):
-        train()  # warms up
-        waits.clear()
-        seconds = seconds_of(train, device)
-    return sum(waits) / seconds
-
-
-def report(measured: dict[str, Measurement]) -> str:
-    """The measurements as a table in Markdown."""
-    lines = [
-        "| | img/s | GFLOP/img | GB moved/img | GFLOP/s | of matmul | peak GB | d_main ms | d_r1 ms | g_main ms | "
-        "ema ms | speed against plain |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+def profile_table(title: str, found: Profile, num_rows: int) -> str:
+    """Where a phase's time goes, as a table in Markdown."""
+    lines = [f"| {title} | calls | ms | share |", "| --- | --- | --- | --- |"]
+    shown, rest = found.kernels[:num_rows], found.kernels[num_rows:]
+    rows = [(f"`{kernel.name[:90]}`", kernel.calls, kernel.seconds) for kernel in shown]
+    if rest:
+        rows.append((f"{len(rest)} others", sum(k.calls for k in rest), sum(k.seconds for k in rest)))
+    lines += [
+        f"| {name} | {calls:.0f} | {seconds * 1e3:.2f} | {seconds / max(found.seconds, 1e-12):.1%} |"
+        for name, calls, seconds in rows
     ]
-    for name, m in measured.items():
-        times = " | ".join(f"{cost.seconds * 1e3:.1f}" for cost in m.phases.values())
-        speedup = f"{_speedup(measured, name):.2f}x" if "plain" in measured else "-"
-        lines.append(
-            f"| {name} | {m.img_per_s:.1f} | {m.iteration.flops / m.batch / 1e9:.2f} | "
-            f"{m.iteration.bytes_moved / m.batch / 1e9:.3f} | {m.flop_per_s / 1e9:.0f} | {m.matmul_share:.0%} | "
-            f"{m.peak_bytes / 1e9:.2f} | {times} | {speedup} |"
-        )
     return "\n".join(lines)
 
 
-def profile_table(variant: Variant, device: torch.device, num_operators: int = 6) -> str:
-    """Where an iteration's time goes, by operator, as a table in Markdown; all of its phases count once."""
-    implementation = variant.make(device)
-    for _, step in implementation.steps([0]):
-        step()
-    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
-        for _, step in implementation.steps([0]):
-            step()
-    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
-    total = sum(getattr(event, key) for event in events)
-    lines = [f"| {variant.name}: operator | calls | share of time |", "| --- | --- | --- |"]
-    lines += [
-        f"| `{event.key[:60]}` | {event.count} | {getattr(event, key) / total:.1%} |"
-        for event in events[:num_operators]
-    ]
-    convolutions = sum(getattr(event, key) for event in events if "conv" in event.key)
-    return "\n".join([*lines, f"| all convolutions | | {convolutions / total:.1%} |"])
+def machine(device: torch.device) -> str:
+    """What the device is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def _speedup(measured: dict[str, Measurement], name: str) -> float:
-    return measured["plain"].iteration.seconds / measured[name].iteration.seconds
+def _shares(cost: Cost, allowed: Limits) -> tuple[float, float]:
+    """Of the device's FLOP/s (MFU) and of its bandwidth."""
+    return cost.flops / cost.device_s / allowed.flop_per_s, cost.bytes_moved / cost.device_s / allowed.copy_bytes_per_s
 
 
-def _figures(measured: dict[str, Measurement]) -> dict[str, Any]:
-    """The measurements as plain types."""
-    return {
-        name: {
-            "img_per_s": m.img_per_s,
-            "peak_bytes": m.peak_bytes,
-            "share_of_matmul": m.matmul_share,
-            "speedup": _speedup(measured, name) if "plain" in measured else None,
-            "iteration": vars(m.iteration),
-            "phases": {phase: vars(cost) for phase, cost in m.phases.items()},
-        }
-        for name, m in measured.items()
-    }
+def _row(name: str, cost: Cost, allowed: Limits, peak_bytes: int) -> str:
+    """Of the table under `HEADER`."""
+    mfu, bandwidth = _shares(cost, allowed)
+    arithmetic = f"{cost.flops / 1e12:.3g} | {mfu:.0%}" if cost.flops else "- | -"
+    return (
+        f"| {name} | {cost.device_s * 1e3:.2f} | {cost.host_s * 1e3:.2f} | {arithmetic} | "
+        f"{cost.bytes_moved / 1e9:.3g} | {bandwidth:.0%} | {cost.operators:.0f} | {peak_bytes / 1e9:.2f} |"
+    )
 
 
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def _figures(cost: Cost, allowed: Limits) -> dict[str, float]:
+    mfu, bandwidth = _shares(cost, allowed)
+    return asdict(cost) | {"mfu": mfu, "bandwidth_share": bandwidth}
 
 
 def _variants(config: Config, arguments: argparse.Namespace) -> list[Variant]:
     named = [(f"ours {precision}", replace(config, precision=precision)) for precision in arguments.precision]
     if arguments.recompute:
         named += [(f"{name} recomputing", replace(config, recompute=True)) for name, config in named]
-    variants = [Variant(name, config) for name, config in named]
-    if arguments.reference:
-        variants.append(Variant("plain", config, plain=True))
-    return variants
+    if arguments.no_graphs:
+        named += [(f"{name} eager", replace(config, cuda_graphs=False)) for name, config in named]
+    return [Variant(name, config) for name, config in named]
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time training steps against a plain reading of the papers.")
+    parser = argparse.ArgumentParser(description="Time training steps, and those of a plain reading of the papers.")
     parser.add_argument("--dataset", default="furballs", choices=PRESETS, help="preset whose networks to time")
     parser.add_argument("--resolution", type=int, help="side of the pictures in pixels; the preset's by default")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes; the preset's by default")
@@ -293,20 +300,25 @@ def _parse() -> argparse.Namespace:
         "--precision", nargs="+", default=["auto"], choices=("auto", "fp32", "bf16"), help="of our convolutions"
     )
     parser.add_argument("--recompute", action="store_true", help="also time ours with activations computed twice")
+    parser.add_argument("--no-graphs", action="store_true", help="also time ours without CUDA graphs")
+    parser.add_argument("--deterministic", action="store_true", help="take only algorithms that always give same bits")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, by default")
     parser.add_argument("--repetitions", type=int, default=5, help="times that every step is timed")
     parser.add_argument("--threads", type=int, help="CPU threads; all cores by default")
     parser.add_argument("--no-reference", dest="reference", action="store_false", help="time ours alone")
     parser.add_argument("--data", type=Path, help="shards to train on, to see how long a step waits for them")
     parser.add_argument("--loader", default="auto", choices=("auto", "dali", "webdataset"), help="that reads --data")
-    parser.add_argument("--profile", action="store_true", help="also show which operators the time goes to")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of each phase; on a CPU the operators")
+    parser.add_argument("--rows", type=int, default=15, help="kernels that --profile lists")
+    parser.add_argument("--json", type=Path, help="file for the figures, written again after each of them")
     arguments = parser.parse_args()
-    for name in ("batch", "repetitions", "threads"):
+    for name in ("batch", "repetitions", "threads", "rows"):
         given = getattr(arguments, name)
         for number in given if isinstance(given, list) else [given]:
             if number is not None and number < 1:
                 raise UserError(f"--{name} {number} is impossible: give 1 or more")
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise UserError(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif arguments.device == "cuda" and not torch.cuda.is_available():
@@ -314,60 +326,31 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
+def _configs(arguments: argparse.Namespace) -> list[Config]:
+    base = preset(arguments.dataset, data="none", deterministic=arguments.deterministic)
+    if arguments.resolution:
+        base = replace(base, resolution=arguments.resolution)
+    if arguments.no_graphs and not uses_graphs(base, torch.device(arguments.device)):
+        raise UserError("--no-graphs: steps are not recorded as CUDA graphs here, which takes a GPU and Triton")
+    return [replace(base, batch=batch) for batch in arguments.batch or [base.batch]]
+
+
 def main() -> None:
     """Measure as the command line says."""
     arguments = _parse()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-    base = preset(arguments.dataset, data="none")
-    if arguments.resolution:
-        base = replace(base, resolution=arguments.resolution)
-    batches = arguments.batch or [base.batch]
-    if arguments.reference:
-        difference = agreement(replace(base, batch=min(batches), precision="fp32"), device)
-        print(f"greatest relative difference of a loss term between ours, fp32, and plain: {difference:.1e}\n")
-    results = []
-    for batch in batches:
-        config = replace(base, batch=batch)
-        print(f"{config.dataset}, {config.resolution} px, batch {batch}; {machine}; torch {torch.__version__}\n")
-        variants = _variants(config, arguments)
-        measured = measure(variants, device, arguments.repetitions)
-        print(report(measured), flush=True)
-        if arguments.profile:
-            for variant in variants:
-                print(f"\n{profile_table(variant, device)}", flush=True)
-        checkpoint = checkpoint_cost(variants[0], device)
-        print(
-            f"\ncheckpoint of {checkpoint.bytes / 1e6:.0f} MB: training stalls for {checkpoint.stall_seconds:.2f} s, "
-            f"writing in the background takes {checkpoint.write_seconds:.2f} s"
-        )
-        drawing = drawing_share(
-            variants[0], device, measured[variants[0].name].iteration.seconds, 5 * arguments.repetitions
-        )
-        print(f"latents and noise, drawn sample by sample: {drawing:.2%} of an iteration")
-        figures = {
-            "dataset": config.dataset,
-            "resolution": config.resolution,
-            "batch": batch,
-            "machine": machine,
-            "torch": torch.__version__,
-            "variants": _figures(measured),
-            "checkpoint": vars(checkpoint),
-            "drawing_share": drawing,
-        }
-        if arguments.data:
-            share = waiting_share(variants[0], device, arguments.data, arguments.loader, 20)
-            figures["waiting_share"] = share
-            print(f"waiting for data: {share:.2%} of the time")
-        print(flush=True)
-        results.append(figures)
-        _free(device)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    bench = Bench(arguments, _configs(arguments))
+    print(f"{machine(torch.device(arguments.device))}; torch {torch.__version__}", flush=True)
+    try:
+        with Interrupt(), refusals_named():
+            bench.run()
+    except (KeyboardInterrupt, Interrupted) as error:
+        code = error.code if isinstance(error, Interrupted) else 130
+        kept = f", and in {arguments.json}" if arguments.json and arguments.json.is_file() else ""
+        sys.stderr.write(f"interrupted: what was measured is above{kept}\n")
+        raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What the benchmark times: the code that trains, and a plain reading of the papers, as steps of the same shape."""
 
 import importlib.util
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.phases import Phase, generator_weights, schedules
 from pipeline.randomness import draw
 from pipeline.schedules import is_due, linear_ramp
 
+Step = Callable[[], Any]
 REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "reference.py"
 
 
@@ -61,14 +63,23 @@ class Ours:
         side = self.config.resolution
         return torch.rand(self.config.batch, 3, side, side, device=self.device) * 2.0 - 1.0
 
-    def steps(self, iterations: Sequence[int] = (0, 1)) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Two iterations, for some terms of g_main are due at every other one only; R1 once."""
-        images = self.images()
-        for iteration in iterations:
-            for phase in self.learner.phases:
-                if iteration == 0 or phase.interval == 1:
-                    yield phase.name, partial(self.run, phase, iteration, images)
-            yield "ema", partial(self.update_ema, iteration * self.config.batch)
+    def steps(self) -> dict[str, list[Step]]:
+        """By phase, in the order of an iteration: a step of each iteration of a period in which all terms are due.
+
+        Some terms of g_main are due at every other iteration only.
+        """
+        loss, images = self.config.loss, self.images()
+        period = math.lcm(loss.consistency_interval, loss.participation_interval)
+        first = -(-loss.consistency_start // period) * period
+        steps: dict[str, list[Step]] = {}
+        for phase in self.learner.phases:
+            iterations = range(first, first + (period if phase.trains == "generator" else 1))
+            steps[phase.name] = [partial(self.run, phase, iteration, images) for iteration in iterations]
+        return steps | {"ema": [partial(self.update_ema, first * self.config.batch)]}
+
+    def intervals(self) -> dict[str, int]:
+        """Iterations between the steps of each phase."""
+        return {phase.name: phase.interval for phase in self.learner.phases} | {"ema": 1}
 
 
 class Plain(Ours):

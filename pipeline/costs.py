@@ -1,11 +1,9 @@
 """What a piece of work costs: time, floating-point operations, bytes, memory. Needs torch alone."""
 
-import multiprocessing
 import time
+import weakref
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}
+"""More than caches hold."""
 
 PEAK_TFLOP_PER_S = {
     "B200": 2250.0,
@@ -34,24 +34,28 @@ part that fits counts."""
 
 @dataclass(frozen=True)
 class Cost:
-    """What one optimizer step takes.
+    """What one step takes.
 
     Attributes:
-        seconds: median over the repetitions.
+        device_s: seconds that the device needs, one step after the other.
+        host_s: seconds until the call returns; on a CPU those of the step.
         flops: of convolutions and matrix products.
         bytes_moved: read and written by all operators, as if no cache were there and nothing were fused.
+        operators: that the host starts where no graph does.
     """
 
-    seconds: float
-    flops: int
-    bytes_moved: int
+    device_s: float
+    host_s: float
+    flops: float
+    bytes_moved: float
+    operators: float
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.seconds + other.seconds, self.flops + other.flops, self.bytes_moved + other.bytes_moved)
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def times(self, factor: float) -> "Cost":
         """The cost of `factor` such steps."""
-        return Cost(self.seconds * factor, round(self.flops * factor), round(self.bytes_moved * factor))
+        return Cost(*(factor * x for x in astuple(self)))
 
 
 class Counter(TorchDispatchMode):
@@ -74,6 +78,48 @@ class Counter(TorchDispatchMode):
         return out
 
 
+class Operators(Counter):
+    """Counts operator by operator, and the most bytes of results that are alive at a time.
+
+    Attributes:
+        work: FLOPs and bytes of each operator.
+        peak_bytes: of all results since this was entered, the most alive at a time since the last `restart`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: list[tuple[int, int]] = []
+        self.peak_bytes = 0
+        self._alive: dict[int, int] = {}
+        self._alive_bytes = 0
+
+    def restart(self) -> None:
+        """Count from zero; what is alive stays so."""
+        self.work, self.flops, self.bytes_moved, self.peak_bytes = [], 0, 0, self._alive_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        flops, bytes_moved = self.flops, self.bytes_moved
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        # No view; and no question about a tensor, which fakes are asked and kernels are not.
+        if func.namespace in ("aten", "furrygan") and self.bytes_moved > bytes_moved:
+            self.work.append((self.flops - flops, self.bytes_moved - bytes_moved))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._keep(x.untyped_storage())
+        return out
+
+    def _keep(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._alive:
+            self._alive[key] = storage.nbytes()
+            self._alive_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self._alive_bytes -= self._alive.pop(key)
+
+
 def _bytes_moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Bytes of the tensors that an operator reads and writes."""
     if func.is_view or "empty" in func.overloadpacket.__name__:
@@ -82,15 +128,18 @@ def _bytes_moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if func.overloadpacket is torch.ops.aten.convolution_backward:
         grad, x, weight, *_, (of_input, of_weight, _) = args
         tensors = [grad, *tree_leaves(out)] + [weight] * of_input + [x] * of_weight
+    elif not func._schema.returns:  # Adam, and others on lists of tensors: what they write is what they were given
+        parameters = zip(func._schema.arguments, args, strict=False)
+        tensors += tree_leaves([x for given, x in parameters if given.alias_info and given.alias_info.is_write])
     return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     """How long `work` takes, until the device has done it."""
-    _finish(device)
+    finish(device)
     start = time.perf_counter()
     work()
-    _finish(device)
+    finish(device)
     return time.perf_counter() - start
 
 
@@ -101,6 +150,13 @@ def matmul_flop_per_s(device: torch.device, dtype: torch.dtype) -> float:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         best = max(best, *(2 * n**3 / seconds_of(lambda: a @ b, device) for _ in range(3)))  # noqa: B023
     return best
+
+
+def copy_bytes_per_s(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy: the most that this machine's memory does at this moment."""
+    source = torch.randn(COPIED_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
 
 
 def peak_flop_per_s(device: torch.device) -> float | None:
@@ -115,37 +171,7 @@ def peak_of_gpu(name: str) -> float | None:
     return next((peak * 1e12 for part, peak in PEAK_TFLOP_PER_S.items() if part in name), None)
 
 
-def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """The most memory that `work` holds at a time: allocated on a GPU, else resident in a process of its own.
-
-    Args:
-        work: without effects that matter, and for a CPU picklable.
-        device: where it works.
-    """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        _finish(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_resident_bytes, work, torch.get_num_threads()).result()
-
-
-def _peak_resident_bytes(work: Callable[[], Any], num_threads: int) -> int:
-    torch.set_num_threads(num_threads)
-    before = _resident_high_water_bytes()
-    work()
-    return _resident_high_water_bytes() - before
-
-
-def _resident_high_water_bytes() -> int:
-    # Not getrusage's ru_maxrss: it starts with that of the process which this one was forked from.
-    status = Path("/proc/self/status").read_text()
-    (kilobytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(kilobytes) * 1024
-
-
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -7,20 +7,17 @@ roofline). Gradients are reduced after the backward pass, as `pipeline/all_reduc
 """
 
 import math
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
 from models import fused
 from pipeline.architecture import make_discriminator, make_generator
 from pipeline.config import Config
-from pipeline.costs import Counter
+from pipeline.costs import Operators
 from pipeline.phases import Networks, Phase, Step, training_phases
 from pipeline.randomness import Draw
 
@@ -77,39 +74,6 @@ class Cluster:
 def ring_bytes(num_bytes: float, num: int) -> float:
     """What each of `num` participants sends in a ring all-reduce of `num_bytes`."""
     return 2 * (num - 1) / num * num_bytes
-
-
-class _Operators(Counter):
-    """Counts operator by operator, and the most bytes of results that are alive at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.work: list[tuple[int, int]] = []
-        self.peak_bytes = 0
-        self._alive: dict[int, int] = {}
-        self._alive_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        flops, bytes_moved = self.flops, self.bytes_moved
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        # No view; and no question about a tensor, which fakes are asked and kernels are not.
-        if func.namespace in ("aten", "furrygan") and self.bytes_moved > bytes_moved:
-            self.work.append((self.flops - flops, self.bytes_moved - bytes_moved))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._keep(x.untyped_storage())
-        return out
-
-    def _keep(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._alive:
-            self._alive[key] = storage.nbytes()
-            self._alive_bytes += storage.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
-            weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self._alive_bytes -= self._alive.pop(key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +208,7 @@ def _work(phase: Phase, networks: Networks, trained: nn.Module, config: Config, 
         draw = None
         if phase.stream is not None:
             draw = Draw(torch.empty(batch, generator.z_dim), torch.empty(batch, generator.num_noise))
-        with _Operators() as operators:
+        with Operators() as operators:
             # At iteration 0 every term is due.
             step = Step(networks, replace(config.loss, consistency_start=0), 0, images, draw)
             with torch.autocast("cpu", torch.bfloat16):

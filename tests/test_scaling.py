@@ -17,9 +17,9 @@ from data_shards.errors import UserError
 from models import fused
 from pipeline import bench_ranks
 from pipeline.config import Config, preset
-from pipeline.costs import Counter
+from pipeline.costs import Counter, Operators
 from pipeline.learner import Learner
-from pipeline.scaling_model import Cluster, PhaseWork, _Operators, count, iteration, memory_bytes
+from pipeline.scaling_model import Cluster, PhaseWork, count, iteration, memory_bytes
 
 OWN_LOOPBACK = ("unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 CLUSTER = Cluster()
@@ -127,7 +127,7 @@ def test_the_paper_s_networks_fit_without_recomputation(batch: int, gigabytes: i
 
 
 def test_memory_counts_what_is_alive_at_a_time() -> None:
-    with FakeTensorMode(), _Operators() as operators:
+    with FakeTensorMode(), Operators() as operators:
         x = torch.empty(1000)
         for _ in range(5):
             x = x + 1.0  # two of 4,000 bytes at a time
