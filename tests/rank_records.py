@@ -55,7 +55,7 @@ def record(cache: Path, out: Path) -> None:
         loader = _Recording(_loader(config, shard_set))
         trainer = Trainer(config, accelerator, loader)
         drawn: list[Draw] = []
-        learner.draw = _recording(drawn)
+        learner.draw_from = _recording(drawn)
         before = {f"{name}_before": copy.deepcopy(state) for name, state in _states(trainer).items()}
         measured = _measure(trainer, shard_set) if recipe == "aligned" else {}
         areas = []
@@ -143,7 +143,7 @@ class _Recording:
         return batch
 
 
-_draw = learner.draw
+_draw = learner.draw_from
 
 
 def _recording(drawn: list[Draw]) -> Any:

@@ -81,7 +81,13 @@ def test_parts_are_those_of_the_generated_samples(
     judge = UnlabelledJudge(with_shards, 3, torch.device("cpu"))
     parts = judge.measure(generator, discriminator, fade_in=0.5)
     given = draw(
-        3, Stream.UNLABELLED, 0, range(NUM_SAMPLES), z_dim=generator.z_dim, num_noise=generator.num_noise, device="cpu"
+        3,
+        Stream.UNLABELLED,
+        0,
+        range(NUM_SAMPLES),
+        z_dim=generator.z_dim,
+        num_noise=generator.num_noise,
+        device=torch.device("cpu"),
     )
     with torch.no_grad():
         out = generator(given.z, noise=given.noise, fade_in=0.5)
