@@ -61,7 +61,8 @@ def record(cache: Path, out: Path) -> None:
         areas = []
         for _ in range(STEPS):
             trainer.step()
-            areas.append(float(trainer.meter._sums["mask/area_coarse"]))
+            rows = trainer.meter._sums.items()
+            areas.append(sum(float(x[i]) for names, x in rows for i, n in enumerate(names) if n == "mask/area_coarse"))
         torch.save(
             {
                 "pictures": loader.seen,
