@@ -140,8 +140,8 @@ class MlflowMirror:
 
     def _work(self) -> None:
         while True:
+            self._new.clear()  # before `_closing` is read: `close` may come between the two
             closing = self._closing.is_set()
-            self._new.clear()
             reached = self._attempt(closing=closing)
             if closing or (not reached and self._closing.is_set()):
                 return
