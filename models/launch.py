@@ -292,4 +292,5 @@ def _strips(n: int, channels: int, height: int, width: int) -> tuple[tuple[int, 
 def _partial_sums(like: Tensor, columns: int, width: int, grid: tuple[int, int, int], block: dict[str, int]) -> Tensor:
     """A row for each strip and block of pixels of each image, in this order."""
     _, strips, n = grid
-    return like.new_empty(n * strips * triton.cdiv(width, block["BLOCK_W"]), columns, dtype=torch.float32)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return like.new_empty(n * strips * triton.cdiv(width, block["BLOCK_W"]), columns, dtype=dtype)
