@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from data_shards.command import one_line_errors, run_command
+
 import numpy as np
 import psutil
 import tyro
 from PIL import Image
 
 from data_shards.builder import BuildOptions, build
-from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from data_shards.parallel import num_cores
 from data_shards.sources.folder import Folder

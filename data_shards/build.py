@@ -13,10 +13,11 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, cast
 
+from data_shards.command import one_line_errors, run_command
+
 import tyro
 
 from data_shards.builder import BuildOptions, build
-from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from data_shards.manifest import Manifest
 from data_shards.sources.kinds import KINDS

@@ -1,11 +1,22 @@
-"""How every command reads its arguments, and ends on a user's mistake or without memory."""
+"""How every command reads its arguments, and ends on a user's mistake or without memory.
+
+Commands import this module before torch (`[tool.ruff.lint.isort]` in pyproject.toml holds the order): it decides how
+torch's threads wait.
+"""
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 
 from data_shards.errors import MemoryShortageError, UserError, shortage_of_memory
+
+# OpenMP threads spin while they wait for each other, for milliseconds by default. On a core that also does other work,
+# that keeps the awaited thread from running. Waking a sleeping thread at each operator costs a quarter of the speed on
+# idle cores. A short spin of GNU's OpenMP, torch's on Linux, avoids both: docs/benchmarks.md.
+if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 
 @contextlib.contextmanager

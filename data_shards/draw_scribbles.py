@@ -10,13 +10,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_shards.command import one_line_errors, run_command
+
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy.ndimage import minimum_filter
 
-from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from data_shards.sources.shadows import Shadows
 

@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+from data_shards.command import run_command
+
 import torch
 import tyro
 
-from data_shards.command import run_command
 from data_shards.errors import UserError
 from data_shards.parallel import num_cores
 from pipeline import evaluate

@@ -17,9 +17,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from data_shards.command import run_command
+
 import torch
 
-from data_shards.command import run_command
 from data_shards.errors import UserError, shortage_of_memory
 from pipeline.bench_around import checkpoint_cost, drawing_seconds, waiting_share
 from pipeline.bench_measure import Limits, Profile, Runner, costs, limits, profiled

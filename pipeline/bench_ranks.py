@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_shards.command import run_command
+
 import torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
@@ -28,7 +30,6 @@ from torch._C._distributed_c10d import FileStore
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from data_shards.command import run_command
 from data_shards.errors import UserError
 from data_shards.order import GROUP_SIZE, rank_slots
 from pipeline.config import PRESETS, Config, preset

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
+from data_shards.command import one_line_errors
+
 import tyro
 
-from data_shards.command import one_line_errors
 from data_shards.errors import UserError
 from data_shards.manifest import MANIFEST_NAME, Manifest
 from data_shards.shard_set import local_directory

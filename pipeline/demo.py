@@ -13,9 +13,10 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_shards.command import one_line_errors, run_command
+
 import tyro
 
-from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from pipeline.demonstration.photograph import choose_matting
 from pipeline.repeatable import make_repeatable, this_device

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
+from data_shards.command import one_line_errors, run_command
+
 import torch
 import tyro
 from torch import Tensor
 
-from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from data_shards.files import check_new, whole_directory
 from data_shards.loader import make_loader

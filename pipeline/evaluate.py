@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from data_shards.command import one_line_errors, run_command
+
 import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from data_shards.shard_set import ShardSet
 from pipeline.data import open_shards

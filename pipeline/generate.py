@@ -7,9 +7,10 @@ python pipeline/generate.py dataset --run runs/mine --count 10000 --out shards/g
 import sys
 from pathlib import Path
 
+from data_shards.command import one_line_errors, run_command
+
 import tyro
 
-from data_shards.command import one_line_errors, run_command
 from pipeline.generation.kinds import KINDS
 
 

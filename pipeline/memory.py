@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 
+from data_shards.command import one_line_errors, run_command
+
 import torch
 import tyro
 from torch import Tensor, nn
 
-from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from data_shards.command import one_line_errors, run_command
+
 import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from data_shards.files import write_atomically
 from data_shards.pictures import BrokenPictureError, Picture, fit, read_mask

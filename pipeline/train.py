@@ -10,11 +10,12 @@ import logging
 import os
 from collections.abc import Iterator
 
+from data_shards.command import memory_errors, run_command
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from data_shards.command import memory_errors, run_command
 from data_shards.errors import UserError
 from data_shards.loader import Loader, make_loader
 from data_shards.order import GROUP_SIZE

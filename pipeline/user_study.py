@@ -11,10 +11,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_shards.command import one_line_errors, run_command
+
 import tyro
 import uvicorn
 
-from data_shards.command import one_line_errors, run_command
 from data_shards.errors import UserError
 from data_shards.files import write_atomically
 from pipeline.serving import check_port, listen, url_of

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from data_shards.command import run_command
+
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from data_shards.builtin import furballs_shards
-from data_shards.command import run_command
 from data_shards.loader import make_loader
 from data_shards.sample import Sample
 from data_shards.shard_set import ShardSet

@@ -6,11 +6,12 @@ import zipfile
 from pathlib import Path
 from unittest import mock
 
+from data_shards.command import run_command
+
 import pytest
 from build_helpers import noise, save
 
 from data_shards import build as command
-from data_shards.command import run_command
 from data_shards.sources.kinds import KINDS
 
 

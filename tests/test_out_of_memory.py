@@ -12,13 +12,14 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from data_shards.command import memory_errors, run_command
+
 import pytest
 import torch
 from evaluating import train_tiny_run
 from helpers import TINY, TRAIN, Outcome, flags, patched, shard_cache, tiny, train_in_new_process, write_noise
 from PIL import Image
 
-from data_shards.command import memory_errors, run_command
 from data_shards.errors import MemoryShortageError, UserError, shortage_of_memory
 from pipeline.checkpoints import checkpoint_path, load_checkpoint
 from pipeline.config_io import merge

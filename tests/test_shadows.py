@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from data_shards.command import run_command
+
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
 from data_shards import draw_scribbles
-from data_shards.command import run_command
 from data_shards.sources import furballs
 from data_shards.sources.shadows import OFFSET, Shadows
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from data_shards.command import run_command
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,7 +23,6 @@ from PIL.PngImagePlugin import PngInfo
 from scipy.special import betainc, ndtri
 from starlette.testclient import TestClient
 
-from data_shards.command import run_command
 from pipeline import user_study
 from pipeline.study.answers import Answer, Answers, Study
 from pipeline.study.plan import Trial, trials

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_shards.command import memory_errors
+
 import gradio as gr
 import numpy as np
 from numpy.typing import NDArray
 from starlette.middleware import Middleware
 
-from data_shards.command import memory_errors
 from data_shards.errors import UserError
 from models.discriminator import MASK_RESOLUTION
 from pipeline.demonstration.photograph import MAX_PIXELS, Matting, read_upload, segment
