@@ -14,11 +14,12 @@ import contextlib
 import io
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from data_shards.command import run_command
 
 import numpy as np
 import torch
@@ -254,8 +255,4 @@ def _loaders(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    run_command(main, memory_remedy="give a smaller --batch, or fewer --threads")

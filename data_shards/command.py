@@ -16,7 +16,7 @@ from data_shards.errors import MemoryShortageError, UserError, shortage_of_memor
 # that keeps the awaited thread from running. Waking a sleeping thread at each operator costs a quarter of the speed on
 # idle cores. A short spin of GNU's OpenMP, torch's on Linux, avoids both: docs/benchmarks.md.
 if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
-    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
 
 
 @contextlib.contextmanager
