@@ -3,6 +3,9 @@
 import os
 from typing import TypeVar
 
+# Before torch is loaded: the workers of pytest-xdist share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from torch import Tensor, nn
