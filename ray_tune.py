@@ -7,7 +7,7 @@ python ray_tune.py --resume runs/sweep-NAME
 
 from data_shards.command import run_command
 
-from pipeline.sweep.command import main
+from pipeline.studies.sweep.command import main
 
 if __name__ == "__main__":
     run_command(main)

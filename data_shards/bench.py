@@ -28,11 +28,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_shards.builtin import furballs_shards
+from data_shards.building.builtin import furballs_shards
 from data_shards.errors import UserError
-from data_shards.loader import LoaderKind, has_dali, make_loader
-from data_shards.order import GROUP_SIZE, BatchOrder
-from data_shards.shard_set import ShardSet
+from data_shards.reading.loader import LoaderKind, has_dali, make_loader
+from data_shards.reading.order import GROUP_SIZE, BatchOrder
+from data_shards.reading.shard_set import ShardSet
 
 _PREFETCH = 2  # batches that each process of a `DataLoader` makes ahead, by default
 PLAIN = "Pillow + DataLoader"

@@ -26,12 +26,12 @@ import psutil
 import tyro
 from PIL import Image
 
-from data_shards.builder import BuildOptions, build
+from data_shards.building.builder import BuildOptions, build
+from data_shards.building.writer import Encoding, encoding_named
 from data_shards.errors import UserError
 from data_shards.parallel import num_cores
 from data_shards.sources.folder import Folder
 from data_shards.sources.textures import draw_background
-from data_shards.writer import Encoding, encoding_named
 
 _NUM_DIFFERENT = 200
 _SAMPLE_SECONDS = 0.1

@@ -17,12 +17,12 @@ from data_shards.command import one_line_errors, run_command
 
 import tyro
 
-from data_shards.builder import BuildOptions, build
+from data_shards.building.builder import BuildOptions, build
 from data_shards.errors import UserError
-from data_shards.manifest import Manifest
+from data_shards.format.manifest import Manifest
+from data_shards.reading.verify import verify
 from data_shards.sources.kinds import KINDS
 from data_shards.sources.source import Source
-from data_shards.verify import verify
 
 AnySource = TypeVar("AnySource", bound=Source)
 

@@ -25,25 +25,25 @@ import tyro
 from data_shards.errors import UserError
 from data_shards.parallel import num_cores
 from pipeline import evaluate
-from pipeline.ablation.pictures import comparison
-from pipeline.ablation.results import summarise
-from pipeline.ablation.tables import to_latex, to_markdown
-from pipeline.ablation.variants import VARIANTS, Variant, find_variants
-from pipeline.cli import parse_arguments
 from pipeline.config import Config
-from pipeline.config_io import config_from_dict, config_to_dict, merge
+from pipeline.config.command_line import parse_arguments
+from pipeline.config.files import config_from_dict, config_to_dict, merge
 from pipeline.evaluation.features import INCEPTION, ImageMetric, WeightsUnavailableError, load_extractor
 from pipeline.evaluation.pseudo_truth import FITTED, load_segmentation
 from pipeline.evaluation.results import write_results, write_whole
-from pipeline.interrupt import Interrupt
-from pipeline.locks import locked
-from pipeline.mlflow_mirror import prepare_store
-from pipeline.repeatable import make_repeatable
-from pipeline.run_directory import check_same_run, is_finished
-from pipeline.sweep.logs import last_line, logged
+from pipeline.generation.trained_run import open_run
+from pipeline.runs.directory import check_same_run, is_finished
+from pipeline.runs.locks import locked
+from pipeline.runs.mlflow_mirror import prepare_store
+from pipeline.runs.reproducible import make_repeatable
+from pipeline.studies.ablation.pictures import comparison
+from pipeline.studies.ablation.results import summarise
+from pipeline.studies.ablation.tables import to_latex, to_markdown
+from pipeline.studies.ablation.variants import VARIANTS, Variant, find_variants
+from pipeline.studies.sweep.logs import last_line, logged
 from pipeline.train import train
-from pipeline.trained import open_run
-from pipeline.trainer import make_accelerator
+from pipeline.training.interrupt import Interrupt
+from pipeline.training.trainer import make_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def _measured(arguments: Arguments) -> evaluate.Arguments:
 
 def _run(trials: Sequence[Trial], out: Path, num_parallel: int, num_threads: int) -> None:
     """Run all that is left of some trials, side by side."""
-    from pipeline.sweep.runner import Resources, Study, Table, grid, num_at_a_time, ray_cluster
+    from pipeline.studies.sweep.runner import Resources, Study, Table, grid, num_at_a_time, ray_cluster
 
     resources = Resources(num_threads, 1.0 if torch.cuda.is_available() else 0.0)
     with tempfile.TemporaryDirectory() as state, ray_cluster(None):  # the run directories are the state

@@ -22,14 +22,14 @@ from data_shards.command import run_command
 import torch
 
 from data_shards.errors import UserError, shortage_of_memory
-from pipeline.bench_around import checkpoint_cost, drawing_seconds, waiting_share
-from pipeline.bench_measure import Limits, Profile, Runner, costs, limits, profiled
-from pipeline.bench_variants import Ours, Plain, Variant
+from pipeline.benchmarks.around import checkpoint_cost, drawing_seconds, waiting_share
+from pipeline.benchmarks.measure import Limits, Profile, Runner, costs, limits, profiled
+from pipeline.benchmarks.variants import Ours, Plain, Variant
 from pipeline.config import PRESETS, Config, preset
-from pipeline.costs import Cost
-from pipeline.determinism import refusals_named
-from pipeline.interrupt import Interrupt, Interrupted
-from pipeline.learner import uses_bfloat16, uses_graphs
+from pipeline.runs.determinism import refusals_named
+from pipeline.training.costs import Cost
+from pipeline.training.interrupt import Interrupt, Interrupted
+from pipeline.training.learner import uses_bfloat16, uses_graphs
 
 ITERATIONS_WAITING = 20
 """Trained on --data to see how long a step waits."""

@@ -18,10 +18,10 @@ from data_shards.command import one_line_errors, run_command
 import tyro
 
 from data_shards.errors import UserError
-from pipeline.demonstration.photograph import choose_matting
-from pipeline.repeatable import make_repeatable, this_device
-from pipeline.serving import check_port, listen, url_of
-from pipeline.trained import open_run
+from pipeline.generation.trained_run import open_run
+from pipeline.pages.demonstration.photograph import choose_matting
+from pipeline.pages.serving import check_port, listen, url_of
+from pipeline.runs.reproducible import make_repeatable, this_device
 
 # Nothing is asked of other machines: neither by the page nor, on behalf of Gradio, by this process, which would even
 # ask itself through a proxy.
@@ -63,7 +63,7 @@ def main() -> None:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler)
             os.environ |= ENVIRONMENT | {"GRADIO_TEMP_DIR": folder}
-            from pipeline.demonstration.page import launch, make_page
+            from pipeline.pages.demonstration.page import launch, make_page
 
             page = make_page(run, matting, Path(folder))
         try:

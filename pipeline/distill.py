@@ -20,16 +20,16 @@ from torch import Tensor
 
 from data_shards.errors import UserError
 from data_shards.files import check_new, whole_directory
-from data_shards.loader import make_loader
-from pipeline.data import open_shards
-from pipeline.distillation.export import export_onnx, model_card
-from pipeline.distillation.fit import FitOptions, distill
-from pipeline.distillation.network import MattingNetwork, save_network
+from data_shards.reading.loader import make_loader
 from pipeline.evaluation.mask_scores import join, score_masks
 from pipeline.evaluation.pictures import generate
-from pipeline.repeatable import make_repeatable, this_device
-from pipeline.trained import TrainedRun, open_run
-from pipeline.trainer import make_accelerator
+from pipeline.generation.trained_run import TrainedRun, open_run
+from pipeline.photographs.distillation.export import export_onnx, model_card
+from pipeline.photographs.distillation.fit import FitOptions, distill
+from pipeline.photographs.distillation.network import MattingNetwork, save_network
+from pipeline.runs.reproducible import make_repeatable, this_device
+from pipeline.runs.shards import open_shards
+from pipeline.training.trainer import make_accelerator
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from data_shards.errors import UserError
-from data_shards.shard_set import ShardSet
-from pipeline.data import open_shards
+from data_shards.reading.shard_set import ShardSet
 from pipeline.evaluation.features import (
     INCEPTION,
     Extractor,
@@ -32,6 +31,7 @@ from pipeline.evaluation.features import (
     needs_features,
 )
 from pipeline.evaluation.in_training import prepare_pseudo_truth
+from pipeline.evaluation.mask_metrics import MaskMetrics
 from pipeline.evaluation.measure import Plan, measure_generated, measure_real, real_statistics
 from pipeline.evaluation.mlflow_run import log_to_mlflow
 from pipeline.evaluation.pictures import RealPictures
@@ -46,10 +46,10 @@ from pipeline.evaluation.results import (
     write_whole,
 )
 from pipeline.evaluation.tables import to_latex, to_markdown
-from pipeline.mask_metrics import MaskMetrics
-from pipeline.repeatable import make_repeatable
-from pipeline.trained import TrainedRun, open_run
-from pipeline.trainer import make_accelerator
+from pipeline.generation.trained_run import TrainedRun, open_run
+from pipeline.runs.reproducible import make_repeatable
+from pipeline.runs.shards import open_shards
+from pipeline.training.trainer import make_accelerator
 
 logger = logging.getLogger(__name__)
 

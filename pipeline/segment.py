@@ -20,21 +20,30 @@ from PIL import Image
 
 from data_shards.errors import UserError
 from data_shards.files import write_atomically
-from data_shards.pictures import BrokenPictureError, Picture, fit, read_mask
 from data_shards.progress import progress_bar
+from data_shards.sources.images import BrokenPictureError, Picture, fit, read_mask
 from data_shards.sources.source import existing_folder, picture_names
-from pipeline.compare import Comparison, compare
-from pipeline.distillation.network import load_network
 from pipeline.evaluation.mask_scores import join, score_masks
 from pipeline.evaluation.results import write_results
 from pipeline.evaluation.tables import markdown_table, real_table
 from pipeline.generation.cutouts import to_uint8_alpha
-from pipeline.photos import check_outputs_new, cut_out, find_photos, matte, output_path, read_photo, save_png, to_tensor
-from pipeline.projection.perceptual import choose_distance
-from pipeline.projection.projector import ProjectionOptions, project
-from pipeline.repeatable import make_repeatable, this_device
-from pipeline.sample_grid import to_uint8_pictures
-from pipeline.trained import open_run
+from pipeline.generation.sample_grid import to_uint8_pictures
+from pipeline.generation.trained_run import open_run
+from pipeline.photographs.compare import Comparison, compare
+from pipeline.photographs.distillation.network import load_network
+from pipeline.photographs.photos import (
+    check_outputs_new,
+    cut_out,
+    find_photos,
+    matte,
+    output_path,
+    read_photo,
+    save_png,
+    to_tensor,
+)
+from pipeline.photographs.projection.perceptual import choose_distance
+from pipeline.photographs.projection.projector import ProjectionOptions, project
+from pipeline.runs.reproducible import make_repeatable, this_device
 
 
 @dataclass(frozen=True)

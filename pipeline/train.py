@@ -17,25 +17,25 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data_shards.errors import UserError
-from data_shards.loader import Loader, make_loader
-from data_shards.order import GROUP_SIZE
-from data_shards.shard_set import ShardSet
-from pipeline.callbacks import Checkpoints, OnMeasured, Progress, SampleGrids, summarise
-from pipeline.checkpoints import BEST
-from pipeline.cli import parse_config
+from data_shards.reading.loader import Loader, make_loader
+from data_shards.reading.order import GROUP_SIZE
+from data_shards.reading.shard_set import ShardSet
 from pipeline.config import Config
-from pipeline.data import open_shards
-from pipeline.determinism import refusals_named
-from pipeline.evaluation import prepare_pseudo_truth
-from pipeline.interrupt import Interrupt, Interrupted
-from pipeline.mlflow_mirror import hide_password, is_server, refuse_unknown_store
-from pipeline.roll_call import ranks_named
-from pipeline.run_directory import check_same_run, load_newest_whole, name_run, write_config, write_summary
-from pipeline.saving import refuse_file_in_the_way
-from pipeline.scribbles import load_scribbles
-from pipeline.tracking import RunTracker, make_tracker
-from pipeline.trainer import Trainer, make_accelerator
-from pipeline.zero import check_installed
+from pipeline.config.command_line import parse_config
+from pipeline.evaluation.in_training import prepare_pseudo_truth
+from pipeline.methods.furrygan.scribbles import load_scribbles
+from pipeline.ranks.lost_ranks import ranks_named
+from pipeline.ranks.zero import check_installed
+from pipeline.runs.checkpoints import BEST
+from pipeline.runs.determinism import refusals_named
+from pipeline.runs.directory import check_same_run, load_newest_whole, name_run, write_config, write_summary
+from pipeline.runs.mlflow_mirror import hide_password, is_server, refuse_unknown_store
+from pipeline.runs.saving import refuse_file_in_the_way
+from pipeline.runs.shards import open_shards
+from pipeline.runs.tracking import RunTracker, make_tracker
+from pipeline.training.callbacks import Checkpoints, OnMeasured, Progress, SampleGrids, summarise
+from pipeline.training.interrupt import Interrupt, Interrupted
+from pipeline.training.trainer import Trainer, make_accelerator
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ import uvicorn
 
 from data_shards.errors import UserError
 from data_shards.files import write_atomically
-from pipeline.serving import check_port, listen, url_of
-from pipeline.study.answers import Answers, Study
-from pipeline.study.app import StudyApp
-from pipeline.study.result import summarise, to_table
-from pipeline.study.stimuli import Method, find_pairs
+from pipeline.pages.serving import check_port, listen, url_of
+from pipeline.pages.study.answers import Answers, Study
+from pipeline.pages.study.app import StudyApp
+from pipeline.pages.study.result import summarise, to_table
+from pipeline.pages.study.stimuli import Method, find_pairs
 
 DESCRIPTION = "Ask people which of two methods' masks is more precise (the paper's appendix G)."
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_shards.builder import BuildOptions, build
-from data_shards.pictures import Picture
-from data_shards.shard_set import ShardSet
+from data_shards.building.builder import BuildOptions, build
+from data_shards.reading.shard_set import ShardSet
 from data_shards.sources.folder import Folder
+from data_shards.sources.images import Picture
 from data_shards.sources.source import Source
 
 RESOLUTION = 16

@@ -173,7 +173,7 @@ for each in $parts; do
             ;;
         graphs) part graphs "${limits[3]}" /dev/null "$python" tests/gpu_parts.py graphs --device "$device" ;;
         furballs)
-            lacks furballs data_shards.sources.furballs data_shards.parallel pipeline.sample_grid pipeline.segmenter ||
+            lacks furballs data_shards.sources.furballs data_shards.parallel pipeline.generation.sample_grid pipeline.evaluation.segmenter ||
                 part furballs "${limits[4]}" /dev/null \
                     "$python" tests/gpu_parts.py furballs --device "$device" --out "$out/grid.png" "${training[@]}"
             ;;

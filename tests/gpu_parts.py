@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config, preset
-from pipeline.learner import Learner
-from pipeline.losses import downsample_mask
-from pipeline.mask_metrics import MaskCounter
-from pipeline.phases import schedules
-from pipeline.randomness import Stream, draw
-from pipeline.schedules import is_due
+from pipeline.evaluation.mask_metrics import MaskCounter
+from pipeline.methods.furrygan.losses import downsample_mask
+from pipeline.methods.furrygan.phases import schedules
+from pipeline.methods.randomness import Stream, draw
+from pipeline.methods.schedules import is_due
+from pipeline.training.learner import Learner
 
 TESTS = Path(__file__).resolve().parent
 OURS = {"data_shards", "models", "pipeline", *(path.stem for path in TESTS.glob("*.py"))}
@@ -177,7 +177,7 @@ def _generated(
     learner: Learner, config: Config, device: torch.device, images: Tensor, alphas: Tensor, fade_in: float
 ) -> MaskCounter:
     """Masks of the average of G against a segmenter that is fitted on the true alphas."""
-    from pipeline.segmenter import fit_segmenter
+    from pipeline.evaluation.segmenter import fit_segmenter
 
     num_steps = config.evaluation.segmenter_steps
     segmenter, held_out = fit_segmenter(images, alphas, num_steps=num_steps, seed=config.seed, device=device)
@@ -193,7 +193,7 @@ def _generated(
 
 
 def _draw_grid(learner: Learner, config: Config, device: torch.device, fade_in: float, out: Path) -> None:
-    from pipeline.sample_grid import draw_grid, sample_column
+    from pipeline.generation.sample_grid import draw_grid, sample_column
 
     ema = learner.ema
     given = draw(config.seed, Stream.GRID, 0, range(COLUMNS), z_dim=ema.z_dim, num_noise=ema.num_noise, device=device)

@@ -24,14 +24,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from data_shards.builtin import furballs_shards
-from data_shards.loader import make_loader
-from data_shards.sample import Sample
-from data_shards.shard_set import ShardSet
-from data_shards.writer import write_shards
+from data_shards.building.builtin import furballs_shards
+from data_shards.building.writer import write_shards
+from data_shards.format.sample import Sample
+from data_shards.reading.loader import make_loader
+from data_shards.reading.shard_set import ShardSet
 from pipeline import train
-from pipeline.config_io import config_from_dict, merge
-from pipeline.trainer import Trainer, make_accelerator
+from pipeline.config.files import config_from_dict, merge
+from pipeline.training.trainer import Trainer, make_accelerator
 
 # For the fixtures of whole modules, which come before conftest's: threads that wait for one another take minutes.
 torch.set_num_threads(1)

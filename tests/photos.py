@@ -10,8 +10,8 @@ from PIL import Image
 
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
-from pipeline.config_io import config_from_dict
-from pipeline.trained import TrainedRun
+from pipeline.config.files import config_from_dict
+from pipeline.generation.trained_run import TrainedRun
 
 
 def run_of(generator: FurryGenerator, discriminator: Discriminator) -> TrainedRun:

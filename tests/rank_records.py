@@ -18,17 +18,17 @@ import torch._dynamo  # the optimizers want it
 import torch.multiprocessing
 from helpers import BATCH, ON_CPU, TINY, furballs
 
-from data_shards.loader import Batch, Loader, make_loader
-from data_shards.shard_set import ShardSet
-from pipeline import learner
+from data_shards.reading.loader import Batch, Loader, make_loader
+from data_shards.reading.shard_set import ShardSet
 from pipeline.config import Config
-from pipeline.config_io import config_from_dict, merge
-from pipeline.distributed import num_ranks, rank
-from pipeline.evaluation import generated_mask_metrics, prepare_pseudo_truth, real_mask_prediction_metrics
+from pipeline.config.files import config_from_dict, merge
+from pipeline.evaluation.in_training import generated_mask_metrics, prepare_pseudo_truth, real_mask_prediction_metrics
 from pipeline.evaluation.ranks import in_order
-from pipeline.randomness import Draw
-from pipeline.sample_grid import sample_column
-from pipeline.trainer import Trainer, make_accelerator
+from pipeline.generation.sample_grid import sample_column
+from pipeline.methods.randomness import Draw
+from pipeline.ranks.collectives import num_ranks, rank
+from pipeline.training import learner
+from pipeline.training.trainer import Trainer, make_accelerator
 
 RANKS = (1, 2, 4)
 STEPS, GLOBAL_BATCH = 40, 2 * BATCH

@@ -3,8 +3,8 @@
 import hashlib
 from typing import Any
 
-from data_shards.shard_cache import ShardCache
-from data_shards.shard_set import ShardSet
+from data_shards.reading.shard_set import ShardSet
+from data_shards.remote.cache import ShardCache
 
 
 def read_all(url: str, cache: ShardCache) -> str:

@@ -28,7 +28,7 @@ from test_ranks import TWO_RANKS
 from test_resume import of_the_seed
 
 from data_shards.errors import UserError
-from pipeline.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint
+from pipeline.runs.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint
 
 NUM_RANKS, BATCH = 2, 16
 PATIENCE_S = 600.0

@@ -10,8 +10,8 @@ import psutil
 import yaml
 from helpers import PIPES, TINY, Outcome, environment, run_in_process
 
-from pipeline.config_io import merge
-from pipeline.sweep import command
+from pipeline.config.files import merge
+from pipeline.studies.sweep import command
 
 RAY_TUNE = Path(__file__).parents[1] / "ray_tune.py"
 STEPS = 10

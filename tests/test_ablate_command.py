@@ -14,10 +14,10 @@ from helpers import TINY, Outcome, run_in_process, shard_cache, train_in_process
 from PIL import Image
 
 from pipeline import ablate
-from pipeline.ablation.variants import FULL
-from pipeline.cli import parse_arguments
-from pipeline.config_io import merge, save_config
-from pipeline.sample_grid import CELL, MARGIN
+from pipeline.config.command_line import parse_arguments
+from pipeline.config.files import merge, save_config
+from pipeline.generation.sample_grid import CELL, MARGIN
+from pipeline.studies.ablation.variants import FULL
 
 ABLATE = Path(ablate.__file__)
 STEPS = 2

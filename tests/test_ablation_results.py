@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.ablation.claims import CLAIMS, Claim, judge
-from pipeline.ablation.results import figures_of, summarise
-from pipeline.ablation.tables import to_latex, to_markdown
-from pipeline.ablation.variants import FULL, VARIANTS, Variant, find_variants
+from pipeline.studies.ablation.claims import CLAIMS, Claim, judge
+from pipeline.studies.ablation.results import figures_of, summarise
+from pipeline.studies.ablation.tables import to_latex, to_markdown
+from pipeline.studies.ablation.variants import FULL, VARIANTS, Variant, find_variants
 
 FALLS, RISES, STAYS = (Claim("no-consistency", "miou", change, "so it is") for change in ("falls", "rises", "stays"))
 

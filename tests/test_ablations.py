@@ -18,14 +18,14 @@ from test_ranks import GLOBAL_BATCH, TWO_RANKS, assert_weights_alike
 
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
-from pipeline.ablation.variants import FULL, VARIANTS, Variant
-from pipeline.architecture import make_discriminator, make_generator
-from pipeline.checkpoints import checkpoint_path, load_checkpoint
 from pipeline.config import Config
-from pipeline.config_io import config_from_dict, merge, save_config
-from pipeline.phases import Networks, PhaseResult, Step, d_main, d_r1, g_main
-from pipeline.randomness import Stream, draw
-from pipeline.sample_grid import CELL, MARGIN, ROWS, draw_grid, sample_column
+from pipeline.config.architecture import make_discriminator, make_generator
+from pipeline.config.files import config_from_dict, merge, save_config
+from pipeline.generation.sample_grid import CELL, MARGIN, ROWS, draw_grid, sample_column
+from pipeline.methods.furrygan.phases import Networks, PhaseResult, Step, d_main, d_r1, g_main
+from pipeline.methods.randomness import Stream, draw
+from pipeline.runs.checkpoints import checkpoint_path, load_checkpoint
+from pipeline.studies.ablation.variants import FULL, VARIANTS, Variant
 
 B, PITCH = 8, CELL + MARGIN
 HALFWAY = 2500  # gamma is 1/2; consistency and participation are due
@@ -197,10 +197,10 @@ def test_weight_0_is_the_same_training_as_a_loss_without_the_term() -> None:
 RUN_ALL = """
 import sys
 from pathlib import Path
-from pipeline.config_io import config_from_dict, load_config
-from pipeline.interrupt import Interrupt
+from pipeline.config.files import config_from_dict, load_config
+from pipeline.training.interrupt import Interrupt
 from pipeline.train import train
-from pipeline.trainer import make_accelerator
+from pipeline.training.trainer import make_accelerator
 
 accelerator = make_accelerator(60.0)
 with Interrupt() as interrupt:

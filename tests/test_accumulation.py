@@ -11,8 +11,8 @@ from helpers import shard_cache, tiny, train_in_new_process, train_in_process
 from test_ranks import TWO_RANKS, assert_trained_alike, assert_weights_alike
 
 from pipeline.config import Config, preset
-from pipeline.learner import Learner, Measured
-from pipeline.phases import PhaseResult, Step
+from pipeline.methods.furrygan.phases import PhaseResult, Step
+from pipeline.training.learner import Learner, Measured
 
 B, STEPS = 16, 4  # R1 at iterations 0 and 3
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import FileStore
 from torch.multiprocessing.spawn import start_processes
 
-from data_shards.order import rank_slots
-from pipeline.all_reduce import AllReduceEngine
+from data_shards.reading.order import rank_slots
 from pipeline.config import Config, preset
-from pipeline.learner import Learner
-from pipeline.schedules import is_due
+from pipeline.methods.schedules import is_due
+from pipeline.ranks.all_reduce import AllReduceEngine
+from pipeline.training.learner import Learner
 
 CPU = torch.device("cpu")
 BATCH, STEPS = 16, 4  # R1 at the first and the last

@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import BATCH, TINY
 
-from pipeline import callbacks
-from pipeline.background import Background
-from pipeline.callbacks import Checkpoints
-from pipeline.checkpoints import checkpoint_path, copy_to_host, list_checkpoints, load_checkpoint
-from pipeline.config_io import config_from_dict, merge
+from pipeline.config.files import config_from_dict, merge
+from pipeline.runs.background import Background
+from pipeline.runs.checkpoints import checkpoint_path, copy_to_host, list_checkpoints, load_checkpoint
+from pipeline.training import callbacks
+from pipeline.training.callbacks import Checkpoints
 
 
 def test_tasks_are_done_in_order_and_without_the_caller() -> None:

@@ -23,8 +23,8 @@ from helpers import (
     write_noise,
 )
 
-from pipeline.checkpoints import list_checkpoints, load_checkpoint
-from pipeline.trainer import Trainer
+from pipeline.runs.checkpoints import list_checkpoints, load_checkpoint
+from pipeline.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ import torch.nn.functional as F  # noqa: N812
 from data_shards.errors import UserError
 from pipeline import bench
 from pipeline.bench import agreement
-from pipeline.bench_alternatives import Group, groups
-from pipeline.bench_measure import Runner, costs, profiled
-from pipeline.bench_variants import Ours, Plain, Variant
+from pipeline.benchmarks.alternatives import Group, groups
+from pipeline.benchmarks.measure import Runner, costs, profiled
+from pipeline.benchmarks.variants import Ours, Plain, Variant
 from pipeline.config import Config, ModelConfig, preset
-from pipeline.costs import Counter, Operators
+from pipeline.training.costs import Counter, Operators
 
 CPU = torch.device("cpu")
 PHASES = {"d_main", "d_r1", "g_main", "ema"}
@@ -34,7 +34,7 @@ def config() -> Config:
 
 
 def test_preset_without_pydantic_is_the_one_with_it() -> None:
-    from pipeline.config_io import config_from_dict
+    from pipeline.config.files import config_from_dict
 
     for name in ("furballs", "ffhq", "cub"):
         assert preset(name, data="shards") == config_from_dict({"dataset": name, "data": "shards"})

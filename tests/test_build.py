@@ -18,15 +18,15 @@ import torch
 from build_helpers import RESOLUTION, Deadly, build_and_read, hold, noise, read, save
 
 from data_shards import build as command
-from data_shards.builder import BuildOptions, build
+from data_shards.building.builder import BuildOptions, build
 from data_shards.errors import UserError
-from data_shards.index import index_path, read_index
-from data_shards.loader import LoaderKind, make_loader
-from data_shards.manifest import MANIFEST_NAME, Manifest
+from data_shards.format.index import index_path, read_index
+from data_shards.format.manifest import MANIFEST_NAME, Manifest
 from data_shards.parallel import ordered_map
-from data_shards.shard_set import ShardSet
+from data_shards.reading.loader import LoaderKind, make_loader
+from data_shards.reading.shard_set import ShardSet
+from data_shards.reading.verify import verify
 from data_shards.sources.folder import Folder
-from data_shards.verify import verify
 
 COMMAND = Path(command.__file__)
 BIG = 160  # px: noise of that size takes 77 kB, so that some 13 fill a tar of the least size
@@ -303,7 +303,7 @@ def run_to_the_end(rough: Path, out: Path, made: dict[Path, int]) -> Path:
 KILL_AT = """
 import os, signal, sys
 from pathlib import Path
-from data_shards.builder import BuildOptions, build
+from data_shards.building.builder import BuildOptions, build
 from data_shards.sources.folder import Folder
 
 left = int(sys.argv[1])
@@ -375,7 +375,9 @@ def test_damaged_progress_is_refused(damage: object, message: str, rough: Path, 
 def save_and_stop(source: Folder, out: Path) -> None:
     """A build that ends after its first shard, as when the disk is full."""
     with (
-        mock.patch("data_shards.builder.shard_name", side_effect=["000000.tar", OSError("No space left on device")]),
+        mock.patch(
+            "data_shards.building.builder.shard_name", side_effect=["000000.tar", OSError("No space left on device")]
+        ),
         pytest.raises(UserError, match=r"set cannot be written \(No space left on device\); .* to go on"),
     ):
         build(source, out, BuildOptions(shard_mib=1, workers=1))

@@ -10,7 +10,7 @@ import pytest
 from build_helpers import assert_resampled, cubic, lanczos, noise, resampled, triangle
 from PIL import Image
 
-from data_shards.pictures import BrokenPictureError, Picture, fit, picture_extensions, read_picture, square
+from data_shards.sources.images import BrokenPictureError, Picture, fit, picture_extensions, read_picture, square
 
 
 def stored(image: Image.Image, **options: object) -> io.BytesIO:

@@ -11,7 +11,7 @@ import pytest
 from build_helpers import RESOLUTION, assert_resampled, build_and_read, lanczos, noise, save, triangle
 from PIL import Image
 
-from data_shards.builder import BuildOptions, build
+from data_shards.building.builder import BuildOptions, build
 from data_shards.errors import UserError
 from data_shards.sources.afhq import Afhq
 from data_shards.sources.celebamask import CelebaMask

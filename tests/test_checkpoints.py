@@ -12,8 +12,8 @@ import torch
 from helpers import BATCH, TINY, assert_same_bits, shard_cache, tiny_trainer
 
 from data_shards.errors import UserError
-from pipeline.callbacks import Checkpoints
-from pipeline.checkpoints import (
+from pipeline.config.files import config_from_dict, merge
+from pipeline.runs.checkpoints import (
     BEST,
     checkpoint_path,
     list_checkpoints,
@@ -21,9 +21,9 @@ from pipeline.checkpoints import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pipeline.config_io import config_from_dict, merge
-from pipeline.run_directory import load_newest_whole
-from pipeline.trainer import Trainer
+from pipeline.runs.directory import load_newest_whole
+from pipeline.training.callbacks import Checkpoints
+from pipeline.training.trainer import Trainer
 
 
 def state(iteration: int) -> dict[str, Any]:

@@ -9,13 +9,13 @@ import torch
 from helpers import BATCH, TINY, shard_cache, tiny_trainer
 from torch import nn
 
-from pipeline.callbacks import Progress
-from pipeline.clock import PhaseClock
-from pipeline.config_io import config_from_dict, merge
-from pipeline.costs import Counter, peak_flop_per_s, peak_of_gpu
-from pipeline.interrupt import Interrupt
-from pipeline.learner import Learner
-from pipeline.schedules import is_due
+from pipeline.config.files import config_from_dict, merge
+from pipeline.methods.schedules import is_due
+from pipeline.training.callbacks import Progress
+from pipeline.training.clock import PhaseClock
+from pipeline.training.costs import Counter, peak_flop_per_s, peak_of_gpu
+from pipeline.training.interrupt import Interrupt
+from pipeline.training.learner import Learner
 
 CPU = torch.device("cpu")
 # R1 every third iteration, L_cons and L_bgp every second one, and a row of metrics every fourth.

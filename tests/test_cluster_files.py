@@ -15,7 +15,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from helpers import PIPES, TRAIN, Outcome, environment, shard_cache, tiny, training_rows
 
-from pipeline.cli import parse_config
+from pipeline.config.command_line import parse_config
 
 ROOT = TRAIN.parents[1]
 CLUSTER = ROOT / "cluster"

@@ -15,7 +15,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from helpers import PIPES, TRAIN
 
-from pipeline.cli import parse_config
+from pipeline.config.command_line import parse_config
 
 ROOT = TRAIN.parents[1]
 SCRIPT = ROOT / "cluster" / "slurm" / "train.sbatch"

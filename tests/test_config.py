@@ -14,10 +14,10 @@ import yaml
 from helpers import write_noise
 
 from data_shards.errors import UserError
-from pipeline import config as config_module
-from pipeline.cli import parse_config
 from pipeline.config import PRESETS, Bounds, Config
-from pipeline.config_io import config_from_dict, config_to_dict, flatten, load_config, save_config
+from pipeline.config import tree as config_module
+from pipeline.config.command_line import parse_config
+from pipeline.config.files import config_from_dict, config_to_dict, flatten, load_config, save_config
 
 ALIGNED = ("ffhq", "afhqv2_cat")
 UNALIGNED = ("lsun_horse", "lsun_church", "lsun_cat", "cub", "compcars")

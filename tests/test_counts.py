@@ -5,8 +5,8 @@ Counted with fake tensors on a small configuration; nothing is computed. A chang
 
 import pytest
 
+from pipeline.benchmarks.scaling_model import PhaseWork, count
 from pipeline.config import preset
-from pipeline.scaling_model import PhaseWork, count
 
 BATCH = 16
 # Of a step of each phase. The largest activation of the discriminator has 5.2 MB in d_main, 3.1 MB in g_main and 2.1 MB

@@ -13,12 +13,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_shards.building.writer import write_shards
 from data_shards.errors import UserError
-from data_shards.loader import Batch, make_loader
-from data_shards.manifest import MANIFEST_NAME
-from data_shards.sample import Sample
-from data_shards.shard_set import ShardSet
-from data_shards.writer import write_shards
+from data_shards.format.manifest import MANIFEST_NAME
+from data_shards.format.sample import Sample
+from data_shards.reading.loader import Batch, make_loader
+from data_shards.reading.shard_set import ShardSet
 
 RESOLUTION, NUM_SAMPLES = 8, 8
 MANY = settings(

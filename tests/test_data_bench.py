@@ -12,8 +12,8 @@ from helpers import write_noise
 from data_shards import bench
 from data_shards.bench import PLAIN, Arguments, Timing, max_prepared, measure, report
 from data_shards.errors import UserError
-from data_shards.loader import make_loader
-from data_shards.shard_set import ShardSet
+from data_shards.reading.loader import make_loader
+from data_shards.reading.shard_set import ShardSet
 
 pytest.importorskip("nvidia.dali")
 

@@ -24,9 +24,9 @@ from zero_worker import BACKENDS, HALF, HANDED, LOSS, MODEL, STEPS, config_of
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from models.widths import Widths
-from pipeline.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint
-from pipeline.memory import Arguments, held, largest_share, table
-from pipeline.zero import settings
+from pipeline.benchmarks.memory import Arguments, held, largest_share, table
+from pipeline.ranks.zero import settings
+from pipeline.runs.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 ZERO = [name for name in BACKENDS if name != "ddp"]
@@ -179,7 +179,7 @@ def test_settings_change_no_number(stage: int) -> None:
     assert config.zero_optimization_stage == stage
     assert not config.float16_config.enabled and not config.bfloat16_config.enabled
     assert config.gradient_clipping == 0.0  # DeepSpeed's default is 1
-    assert config.optimizer_name is None and config.scheduler_name is None  # ours are made in pipeline/learner.py
+    assert config.optimizer_name is None and config.scheduler_name is None  # the learner makes its own
     # Our parts are of parameters in their own order.
     assert not config.zero_config.round_robin_gradients and not config.zero_config.parameter_alignment
 

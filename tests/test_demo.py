@@ -32,12 +32,12 @@ from data_shards.errors import UserError
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from pipeline import demo, generate, segment
-from pipeline.demonstration.photograph import choose_matting, read_upload
-from pipeline.demonstration.photograph import segment as segment_photo
-from pipeline.demonstration.sample import Choices, harden, make_sample
-from pipeline.distillation.network import MattingNetwork, save_network
 from pipeline.generation.sampler import Sampler
-from pipeline.trained import TrainedRun
+from pipeline.generation.trained_run import TrainedRun
+from pipeline.pages.demonstration.photograph import choose_matting, read_upload
+from pipeline.pages.demonstration.photograph import segment as segment_photo
+from pipeline.pages.demonstration.sample import Choices, harden, make_sample
+from pipeline.photographs.distillation.network import MattingNetwork, save_network
 
 CPU = torch.device("cpu")
 DEMO = Path(demo.__file__)
@@ -159,7 +159,7 @@ def said(page: Any) -> list[str]:
 
 
 def test_the_page_says_what_cuts_photos_out_and_how_to_make_better(run: TrainedRun, tmp_path: Path) -> None:
-    from pipeline.demonstration.page import make_page
+    from pipeline.pages.demonstration.page import make_page
 
     found = choose_matting(replace(run, run_dir=tmp_path), CPU)
     assert found is not None
@@ -173,7 +173,7 @@ def test_the_page_says_what_cuts_photos_out_and_how_to_make_better(run: TrainedR
 
 
 def test_gamma_cannot_be_moved_where_there_is_no_fine_mask(run: TrainedRun, tmp_path: Path) -> None:
-    from pipeline.demonstration.page import make_page
+    from pipeline.pages.demonstration.page import make_page
 
     for has_fine in (True, False):
         generator = FurryGenerator(32, WIDTHS, fine_mask=has_fine).eval()
@@ -307,7 +307,7 @@ def test_hostile_upload_gets_a_message_and_the_next_one_a_cutout(
 
 
 def test_what_is_said_on_the_page_is_text_and_no_markup() -> None:
-    from pipeline.demonstration.page import errors_on_the_page
+    from pipeline.pages.demonstration.page import errors_on_the_page
 
     with pytest.raises(AppError) as error, errors_on_the_page(None):
         raise UserError("<img src=x>.png & more")

@@ -15,11 +15,11 @@ from helpers import PIPES, assert_same_bits, shard_cache, tiny, train_in_process
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import fused
-from pipeline.callbacks import Progress
-from pipeline.checkpoints import checkpoint_path, load_checkpoint
 from pipeline.config import Config, preset
-from pipeline.learner import Learner
-from pipeline.trainer import why_no_graphs
+from pipeline.runs.checkpoints import checkpoint_path, load_checkpoint
+from pipeline.training.callbacks import Progress
+from pipeline.training.learner import Learner
+from pipeline.training.trainer import why_no_graphs
 
 CPU = torch.device("cpu")
 B = 8
@@ -192,7 +192,7 @@ def test_a_run_says_why_it_has_no_cuda_graphs(config: Config) -> None:
 RESUMED = """
 import torch
 from pipeline.config import preset
-from pipeline.learner import Learner
+from pipeline.training.learner import Learner
 
 config, device = preset("furballs", batch=8, deterministic=True), torch.device("cuda")
 generator = torch.Generator().manual_seed(1)

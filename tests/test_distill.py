@@ -16,14 +16,14 @@ from torch import Tensor
 from data_shards.errors import UserError
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
-from pipeline.augmentation import augment_colours, augment_geometry, gaussian_blur, jpeg
-from pipeline.distillation import fit
-from pipeline.distillation.fit import FitOptions, distill, fit_network, generated_pairs, laplacian_loss
-from pipeline.distillation.network import MattingNetwork, load_network, save_network
-from pipeline.losses import downsample_mask
-from pipeline.mask_metrics import MaskCounter
-from pipeline.photos import GUIDE_EPSILON, foreground_colours, guided_upsample, matte
-from pipeline.trained import TrainedRun
+from pipeline.evaluation.mask_metrics import MaskCounter
+from pipeline.generation.trained_run import TrainedRun
+from pipeline.methods.augmentation import augment_colours, augment_geometry, gaussian_blur, jpeg
+from pipeline.methods.furrygan.losses import downsample_mask
+from pipeline.photographs.distillation import fit
+from pipeline.photographs.distillation.fit import FitOptions, distill, fit_network, generated_pairs, laplacian_loss
+from pipeline.photographs.distillation.network import MattingNetwork, load_network, save_network
+from pipeline.photographs.photos import GUIDE_EPSILON, foreground_colours, guided_upsample, matte
 
 CPU = torch.device("cpu")
 
@@ -286,7 +286,7 @@ def test_colours_of_the_foreground_are_recovered_from_the_mix_with_the_backgroun
 
 
 def test_photo_opened_is_upright(tmp_path: Path) -> None:
-    from pipeline.photos import read_photo
+    from pipeline.photographs.photos import read_photo
 
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter

@@ -7,11 +7,11 @@ import torch
 from helpers import patched, shard_cache, tiny, train_in_new_process
 from test_ranks import TWO_RANKS
 
-from pipeline.checkpoints import list_checkpoints
-from pipeline.drift import fingerprint
+from pipeline.ranks.drift import fingerprint
+from pipeline.runs.checkpoints import list_checkpoints
 
 NUDGE = """
-    from pipeline.trainer import Trainer
+    from pipeline.training.trainer import Trainer
     step = Trainer.step
     def nudged(self):
         step(self)

@@ -24,10 +24,10 @@ from evaluating import (
 from helpers import NUM_IMAGES, PIPES, RESOLUTION, environment, furballs, shard_cache, write_noise
 from PIL import Image
 
-from data_shards.shard_set import ShardSet
+from data_shards.reading.shard_set import ShardSet
 from pipeline.evaluation.pictures import RealPictures, generate, to_uint8
 from pipeline.evaluation.tables import OURS
-from pipeline.trained import open_run
+from pipeline.generation.trained_run import open_run
 
 
 @pytest.fixture(scope="module")

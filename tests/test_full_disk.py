@@ -33,12 +33,12 @@ from PIL import Image
 from test_ranks import TWO_RANKS
 
 from data_shards.errors import UserError
-from pipeline.callbacks import Checkpoints
-from pipeline.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
-from pipeline.config_io import config_from_dict, merge
+from pipeline.config.files import config_from_dict, merge
 from pipeline.evaluation import in_training
-from pipeline.saving import SaveError
-from pipeline.tracking import RunTracker, make_tracker
+from pipeline.runs.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
+from pipeline.runs.saving import SaveError
+from pipeline.runs.tracking import RunTracker, make_tracker
+from pipeline.training.callbacks import Checkpoints
 
 SMALL = 50_000  # bytes: all that a run writes but checkpoints and grids
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_shards.errors import UserError
-from data_shards.sample import Sample
+from data_shards.format.sample import Sample
 from data_shards.sources import furballs
 from data_shards.sources.strands import Canvas, Strands
 

@@ -19,8 +19,8 @@ from models.discriminator import Discriminator
 from models.fused_ops import input_gradients_alone
 from models.generator import FurryGenerator, GeneratorOutput
 from pipeline.config import preset
-from pipeline.learner import Learner
-from pipeline.losses import r1_penalty
+from pipeline.methods.furrygan.losses import r1_penalty
+from pipeline.training.learner import Learner
 
 B = 8
 IMAGES = ("foreground", "background", "mask_coarse", "mask_fine", "mask", "composite")

@@ -12,16 +12,16 @@ from helpers import RESOLUTION, Outcome, run_in_process, shard_cache, tiny, trai
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_shards.shard_set import ShardSet
+from data_shards.reading.shard_set import ShardSet
 from models.generator import FurryGenerator
 from pipeline import generate
 from pipeline.evaluation.pictures import RealPictures
 from pipeline.generation.interpolate import Interpolate
 from pipeline.generation.kinds import KINDS
 from pipeline.generation.mix import LEVELS, styles_of
+from pipeline.generation.sample_grid import CELL, MARGIN
 from pipeline.generation.sampler import NoiseMode, Sampler
-from pipeline.sample_grid import CELL, MARGIN
-from pipeline.trained import open_run
+from pipeline.generation.trained_run import open_run
 
 PITCH = CELL + MARGIN
 # Small, and not the default, so that it is seen whether they are obeyed.

@@ -89,7 +89,7 @@ def test_other_losses_with_graphs_are_a_failure() -> None:
 
 
 def test_what_is_not_installed_is_named_by_its_package() -> None:
-    assert gpu_parts.missing("pipeline.learner") is None
+    assert gpu_parts.missing("pipeline.training.learner") is None
     assert gpu_parts.missing("no_such_package.at_all") == "no_such_package"
 
 

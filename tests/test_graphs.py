@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import fused
 from pipeline.config import Config, preset
-from pipeline.graphs import Inputs
-from pipeline.learner import Learner
-from pipeline.schedules import is_due
+from pipeline.methods.schedules import is_due
+from pipeline.training.graphs import Inputs
+from pipeline.training.learner import Learner
 
 CPU = torch.device("cpu")
 B, STEPS = 8, 7
@@ -27,7 +27,7 @@ MAX_LAUNCHES = 30
 
 
 class Replayed:
-    """In the place of `pipeline.graphs.Graphs`."""
+    """In the place of `pipeline.training.graphs.Graphs`."""
 
     def __init__(self, inside: Callable[[], Any]) -> None:
         self._functions: dict[Hashable, Callable[[Inputs], Any]] = {}

@@ -23,10 +23,10 @@ from helpers import (
 )
 from test_ranks import TWO_RANKS
 
-from pipeline import callbacks
-from pipeline.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint
-from pipeline.config_io import merge
-from pipeline.mask_metrics import MaskMetrics
+from pipeline.config.files import merge
+from pipeline.evaluation.mask_metrics import MaskMetrics
+from pipeline.runs.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint
+from pipeline.training import callbacks
 
 EXACT = ("iteration", "images_seen", "generator", "discriminator", "ema", "optimizers", "loader")
 
@@ -149,7 +149,7 @@ def test_two_ranks_stop_at_the_same_step_whoever_is_told(number: signal.Signals,
 
 
 def test_before_training_begins_there_is_nothing_to_wait_for(tmp_path: Path) -> None:
-    from pipeline.interrupt import Interrupt, Interrupted
+    from pipeline.training.interrupt import Interrupt, Interrupted
 
     former = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with Interrupt():

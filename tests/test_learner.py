@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from data_shards.errors import UserError
 from models.layers import EqualizedLinear
 from pipeline.config import Config, preset
-from pipeline.finite_guard import FiniteGuard, NonFiniteLossError
-from pipeline.learner import Learner, uses_bfloat16
+from pipeline.training.finite_guard import FiniteGuard, NonFiniteLossError
+from pipeline.training.learner import Learner, uses_bfloat16
 
 CPU = torch.device("cpu")
 B = 8

@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data_shards.decode import decode
+from data_shards.building.writer import write_encoded_shards, write_shards
 from data_shards.errors import UserError
-from data_shards.loader import Batch, Loader, LoaderKind, make_loader
-from data_shards.order import BatchOrder, ShardWindows, epoch_order, rank_slots
-from data_shards.sample import Sample
-from data_shards.shard_set import ShardSet
-from data_shards.wds import BatchMemory
-from data_shards.writer import write_encoded_shards, write_shards
+from data_shards.format.sample import Sample
+from data_shards.reading.decode import decode
+from data_shards.reading.loader import Batch, Loader, LoaderKind, make_loader
+from data_shards.reading.order import BatchOrder, ShardWindows, epoch_order, rank_slots
+from data_shards.reading.shard_set import ShardSet
+from data_shards.reading.wds import BatchMemory
 
 NUM_SAMPLES, RESOLUTION = 22, 16
 KINDS = ("dali", "webdataset")
@@ -478,7 +478,7 @@ def test_tars_beyond_the_limit_of_open_files_are_read(
 ) -> None:
     write_numbered(tmp_path / "set", 16, 8)
     expected = take(loader_of(ShardSet.open(tmp_path / "set"), "webdataset", with_alpha=False), 4)
-    monkeypatch.setattr("data_shards.shard_set._MAX_OPEN_FILES", 3)
+    monkeypatch.setattr("data_shards.reading.shard_set._MAX_OPEN_FILES", 3)
     shard_set = ShardSet.open(tmp_path / "set")
     batches = take(loader_of(shard_set, kind, with_alpha=False), 4)
     assert [batch.indices.tolist() for batch in batches] == [batch.indices.tolist() for batch in expected]
@@ -559,7 +559,7 @@ def test_picture_that_dali_alone_cannot_decode_is_one_line(tmp_path: Path) -> No
 def test_dali_that_is_not_there_is_a_plain_error_and_auto_does_without(
     shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_shards.wds import WebDatasetLoader
+    from data_shards.reading.wds import WebDatasetLoader
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="DALI is not installed; install"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.masks import combine_masks
-from pipeline import losses
+from pipeline.methods.furrygan import losses
 
 PHI1, PHI2 = 0.35, 0.01
 

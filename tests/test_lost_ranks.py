@@ -22,7 +22,7 @@ from helpers import (
 )
 from test_ranks import TWO_RANKS
 
-from pipeline.checkpoints import list_checkpoints, load_checkpoint
+from pipeline.runs.checkpoints import list_checkpoints, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_loss_that_breaks_on_one_rank_stops_both_and_that_rank_names_phase_and_t
     script = patched(
         tmp_path,
         """
-        from pipeline import losses
+        from pipeline.methods.furrygan import losses
         right, calls = losses.binarization, []
         def wrong(mask):
             calls.append(0)
@@ -104,7 +104,8 @@ def test_rank_that_waits_for_ever_ends_when_another_has_failed(cache: Path, tmp_
         """
         import time
         from data_shards.errors import UserError
-        from pipeline import failure_detector, learner
+        from pipeline.ranks import failure_detector
+        from pipeline.training import learner
         failure_detector.GRACE_S = 8.0
         right, calls = learner.Learner.run, []
         def wrong(*arguments):

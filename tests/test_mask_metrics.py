@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.mask_metrics import MaskCounter, MaskMetrics
+from pipeline.evaluation.mask_metrics import MaskCounter, MaskMetrics
 
 
 def measure(predicted: Tensor, true: Tensor, threshold: float = 0.5) -> MaskMetrics:

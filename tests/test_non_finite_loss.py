@@ -18,10 +18,10 @@ from helpers import (
     training_rows,
 )
 
-from pipeline import losses
-from pipeline.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
-from pipeline.finite_guard import NonFiniteLossError
-from pipeline.trainer import Trainer
+from pipeline.methods.furrygan import losses
+from pipeline.runs.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
+from pipeline.training.finite_guard import NonFiniteLossError
+from pipeline.training.trainer import Trainer
 
 LOSSES = {
     "d_logistic": ("discriminator", "d_main_adversarial"),

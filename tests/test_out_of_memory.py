@@ -21,9 +21,9 @@ from helpers import TINY, TRAIN, Outcome, flags, patched, shard_cache, tiny, tra
 from PIL import Image
 
 from data_shards.errors import MemoryShortageError, UserError, shortage_of_memory
-from pipeline.checkpoints import checkpoint_path, load_checkpoint
-from pipeline.config_io import merge
-from pipeline.distillation.network import MattingNetwork, save_network
+from pipeline.config.files import merge
+from pipeline.photographs.distillation.network import MattingNetwork, save_network
+from pipeline.runs.checkpoints import checkpoint_path, load_checkpoint
 
 LIMITED = Path(__file__).with_name("limited.py")
 # At 128 px a batch of 64 takes gigabytes, a micro-batch of 4 some hundred megabytes.
@@ -89,7 +89,7 @@ def test_every_rank_names_the_one_that_is_out_of_memory(cache: Path, tmp_path: P
         tmp_path,
         """
         if RANK == 1:
-            from pipeline.phases import Step
+            from pipeline.methods.furrygan.phases import Step
             Step.generate = lambda *_: torch.empty(2**60)
         """,
     )
@@ -109,9 +109,9 @@ def test_a_trial_of_a_sweep_is_marked_with_the_reason(tmp_path: Path) -> None:
             """
             import json, sys
             from pathlib import Path
-            from pipeline.cli import parse_config
-            from pipeline.config_io import config_to_dict
-            from pipeline.sweep import trial
+            from pipeline.config.command_line import parse_config
+            from pipeline.config.files import config_to_dict
+            from pipeline.studies.sweep import trial
 
             if __name__ == "__main__":
                 config, results = parse_config(""), []

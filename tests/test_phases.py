@@ -14,9 +14,9 @@ from torch import Tensor
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from pipeline.config import LossConfig
-from pipeline.config_io import config_from_dict
-from pipeline.phases import Networks, PhaseResult, Step, d_main, d_r1, g_main, training_phases
-from pipeline.randomness import Stream, draw
+from pipeline.config.files import config_from_dict
+from pipeline.methods.furrygan.phases import Networks, PhaseResult, Step, d_main, d_r1, g_main, training_phases
+from pipeline.methods.randomness import Stream, draw
 
 B, HALF = 8, 4
 # No two weights alike, and thresholds that fire for some images of the fixtures and not for others.

@@ -13,16 +13,16 @@ from torch import Tensor
 from data_shards.errors import UserError
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
-from pipeline.projection import projector
-from pipeline.projection.perceptual import DiscriminatorDistance, LpipsDistance, choose_distance
-from pipeline.projection.projector import (
+from pipeline.generation.trained_run import TrainedRun
+from pipeline.photographs.projection import projector
+from pipeline.photographs.projection.perceptual import DiscriminatorDistance, LpipsDistance, choose_distance
+from pipeline.photographs.projection.projector import (
     ProjectionOptions,
     learning_rate_ramp,
     noise_autocorrelation,
     project,
     style_statistics,
 )
-from pipeline.trained import TrainedRun
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.randomness import Draw, Stream, draw
+from pipeline.methods.randomness import Draw, Stream, draw
 
 PLACE = {"seed": 3, "stream": Stream.D_MAIN, "iteration": 7}
 

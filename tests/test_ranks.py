@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import BATCH, TINY, Outcome, flags, shard_cache, train_in_new_process, train_in_process, training_rows
 
-from pipeline.checkpoints import checkpoint_path, load_checkpoint
-from pipeline.config_io import merge
+from pipeline.config.files import merge
+from pipeline.runs.checkpoints import checkpoint_path, load_checkpoint
 
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 STEPS, GLOBAL_BATCH = 4, 2 * BATCH  # R1 at iterations 0 and 3
@@ -144,7 +144,7 @@ def test_ranks_wait_for_the_first_ones_work_however_long_it_takes(tmp_path: Path
             import time
             from datetime import timedelta
             from torch import distributed as dist
-            from pipeline.distributed import on_first_rank
+            from pipeline.ranks.collectives import on_first_rank
 
             def work():
                 time.sleep(6)

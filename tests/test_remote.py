@@ -22,16 +22,16 @@ from helpers import RESOLUTION as TRAIN_RESOLUTION
 from helpers import TINY, assert_same_bits, flags, train_in_process, write_noise
 from remote_readers import read_all, read_when_all_are_ready
 
-from data_shards import remote
+from data_shards.building.writer import write_shards
 from data_shards.errors import UserError
-from data_shards.loader import LoaderKind, make_loader
-from data_shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
-from data_shards.sample import Sample
-from data_shards.shard_cache import ShardCache
-from data_shards.shard_set import ShardSet
-from data_shards.writer import write_shards
-from pipeline.checkpoints import checkpoint_path, load_checkpoint
-from pipeline.config_io import merge
+from data_shards.format.manifest import MANIFEST_NAME, Manifest, ShardRecord
+from data_shards.format.sample import Sample
+from data_shards.reading.loader import LoaderKind, make_loader
+from data_shards.reading.shard_set import ShardSet
+from data_shards.remote.cache import ShardCache
+from data_shards.remote.directory import directory as remote
+from pipeline.config.files import merge
+from pipeline.runs.checkpoints import checkpoint_path, load_checkpoint
 
 KINDS = ("dali", "webdataset")
 NUM_SAMPLES, SAMPLES_PER_SHARD, RESOLUTION = 22, 4, 16

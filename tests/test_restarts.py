@@ -12,8 +12,8 @@ from test_ranks import TWO_RANKS
 from torch.distributed import HashStore
 
 from data_shards.errors import UserError
-from pipeline.checkpoints import list_checkpoints, load_checkpoint
-from pipeline.rendezvous import agree_on_start
+from pipeline.ranks.rendezvous import agree_on_start
+from pipeline.runs.checkpoints import list_checkpoints, load_checkpoint
 
 WORLD_SIZE, STEPS = 3, 40
 

@@ -28,10 +28,10 @@ from helpers import (
     training_rows,
 )
 
-from data_shards.loader import Batch, make_loader
-from data_shards.shard_set import ShardSet
-from pipeline.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint
-from pipeline.config_io import merge
+from data_shards.reading.loader import Batch, make_loader
+from data_shards.reading.shard_set import ShardSet
+from pipeline.config.files import merge
+from pipeline.runs.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint
 
 pytest.importorskip("nvidia.dali")
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.generator import FurryGenerator, GeneratorOutput
-from pipeline.sample_grid import (
+from pipeline.generation.sample_grid import (
     CELL,
     GAP,
     MARGIN,

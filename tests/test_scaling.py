@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data_shards.errors import UserError
 from models import fused
-from pipeline import bench_ranks
+from pipeline.benchmarks import ranks as bench_ranks
+from pipeline.benchmarks.scaling_model import Cluster, PhaseWork, count, iteration, memory_bytes
 from pipeline.config import Config, preset
-from pipeline.costs import Counter, Operators
-from pipeline.learner import Learner
-from pipeline.scaling_model import Cluster, PhaseWork, count, iteration, memory_bytes
+from pipeline.training.costs import Counter, Operators
+from pipeline.training.learner import Learner
 
 OWN_LOOPBACK = ("unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 CLUSTER = Cluster()
@@ -111,7 +111,7 @@ def paper() -> list[PhaseWork]:
 
 
 def test_on_eight_gpus_reducing_takes_less_than_three_percent(paper: list[PhaseWork]) -> None:
-    """With 16 images on each; the claim of `pipeline/all_reduce.py`."""
+    """With 16 images on each; the claim of `pipeline/ranks/all_reduce.py`."""
     predicted = iteration(paper, 16, 8, CLUSTER)
     assert 0.0 < predicted.reduction_s < 0.03 * predicted.seconds
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.schedules import ema_decay, is_due, linear_ramp
+from pipeline.methods.schedules import ema_decay, is_due, linear_ramp
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from test_ranks import TWO_RANKS, assert_trained_alike, assert_weights_alike
 from torch import Tensor
 
 from data_shards.errors import UserError
-from pipeline import losses
-from pipeline.augmentation import rotate_hue
 from pipeline.config import LossConfig
-from pipeline.learner import Learner
-from pipeline.phases import Networks, Scribbled, d_main, g_main
-from pipeline.scribbles import load_scribbles
+from pipeline.methods.augmentation import rotate_hue
+from pipeline.methods.furrygan import losses
+from pipeline.methods.furrygan.phases import Networks, Scribbled, d_main, g_main
+from pipeline.methods.furrygan.scribbles import load_scribbles
+from pipeline.training.learner import Learner
 
 GREEN, RED = (0, 255, 0), (255, 0, 0)
 

@@ -14,12 +14,12 @@ from helpers import Outcome, furballs, run_in_process, shard_cache, write_noise
 from photos import picture, write_hostile, write_photo
 from PIL import Image
 
-from data_shards.shard_set import ShardSet
+from data_shards.reading.shard_set import ShardSet
 from data_shards.sources.furballs import draw
 from pipeline import distill, segment
-from pipeline.distillation.network import load_network
 from pipeline.evaluation.mask_scores import score_masks
-from pipeline.projection import projector
+from pipeline.photographs.distillation.network import load_network
+from pipeline.photographs.projection import projector
 
 SIZES = {"square": (32, 32), "wide": (150, 70), "tall": (33, 90)}
 FEW = ("--steps", "2", "--num-threads", "1")

@@ -8,16 +8,17 @@ import torch
 from helpers import assert_same_bits
 from numpy.typing import NDArray
 
-from data_shards.sample import Sample
-from data_shards.shard_set import ShardSet
-from data_shards.writer import write_shards
+from data_shards.building.writer import write_shards
+from data_shards.format.sample import Sample
+from data_shards.reading.shard_set import ShardSet
 from models.discriminator import Discriminator
 from models.widths import Widths
 from pipeline.config import Config
-from pipeline.config_io import config_from_dict
-from pipeline.evaluation import in_training, prepare_pseudo_truth, real_mask_prediction_metrics
-from pipeline.mask_metrics import MaskCounter
-from pipeline.segmenter import MAX_RESOLUTION, Segmenter, fit_segmenter, shrink
+from pipeline.config.files import config_from_dict
+from pipeline.evaluation import in_training
+from pipeline.evaluation.in_training import prepare_pseudo_truth, real_mask_prediction_metrics
+from pipeline.evaluation.mask_metrics import MaskCounter
+from pipeline.evaluation.segmenter import MAX_RESOLUTION, Segmenter, fit_segmenter, shrink
 
 CPU = torch.device("cpu")
 

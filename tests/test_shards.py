@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_shards.builtin import furballs_shards
+from data_shards.building.builtin import furballs_shards
+from data_shards.building.writer import write_shards
 from data_shards.errors import UserError
-from data_shards.index import index_path, read_index, scan_index, write_index
-from data_shards.manifest import MANIFEST_NAME, Manifest
-from data_shards.sample import Sample
-from data_shards.shard_set import ShardSet
-from data_shards.writer import write_shards
+from data_shards.format.index import index_path, read_index, scan_index, write_index
+from data_shards.format.manifest import MANIFEST_NAME, Manifest
+from data_shards.format.sample import Sample
+from data_shards.reading.shard_set import ShardSet
 
 RESOLUTION = 16
 

@@ -14,9 +14,9 @@ from PIL import Image
 from ray import tune
 from sweeping import SMALL, STEPS, run_sweep, sweep_in_process, write_configuration
 
-from pipeline.config_io import config_from_dict, config_to_dict, load_config
-from pipeline.sweep import trial
-from pipeline.sweep.records import STATUS, Record, read_records
+from pipeline.config.files import config_from_dict, config_to_dict, load_config
+from pipeline.studies.sweep import trial
+from pipeline.studies.sweep.records import STATUS, Record, read_records
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def by_outcome(out: Path) -> dict[str, list[Record]]:
 
 
 def mlflow_client(cwd: Path) -> Any:
-    from pipeline.mlflow_mirror import make_client
+    from pipeline.runs.mlflow_mirror import make_client
 
     return make_client(f"sqlite:///{cwd / 'mlflow.db'}")
 

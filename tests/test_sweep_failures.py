@@ -8,7 +8,7 @@ import pytest
 from helpers import BATCH, rows, shard_cache, train_in_process, wait_until
 from sweeping import SMALL, run_sweep, started, sweep_in_process, write_configuration
 
-from pipeline.sweep.records import read_records
+from pipeline.studies.sweep.records import read_records
 
 MEASURED = (2, 4, 6, 8, 10)
 

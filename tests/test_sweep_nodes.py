@@ -16,8 +16,8 @@ from sweeping import RAY_TUNE, SMALL
 from test_two_nodes import ADDRESSES, two_nodes
 from test_two_nodes import _needs_root as _needs_root  # a fixture of all tests here
 
-from pipeline.config_io import merge
-from pipeline.sweep.records import read_records
+from pipeline.config.files import merge
+from pipeline.studies.sweep.records import read_records
 
 pytestmark = pytest.mark.netns
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from data_shards.errors import UserError
-from pipeline.cli import parse_arguments
 from pipeline.config import PRESETS, Config
-from pipeline.config_io import config_from_dict, config_to_dict, flatten
-from pipeline.sweep.command import Arguments, sweep
-from pipeline.sweep.space import SEARCHED, ends, make_space, override, start_of, to_ray
+from pipeline.config.command_line import parse_arguments
+from pipeline.config.files import config_from_dict, config_to_dict, flatten
+from pipeline.studies.sweep.command import Arguments, sweep
+from pipeline.studies.sweep.space import SEARCHED, ends, make_space, override, start_of, to_ray
 
 DEFAULT = ("loss.phi1", "loss.binarization_start", "loss.binarization_end", "loss.binarization_iterations", "loss.phi2")
 

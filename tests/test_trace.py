@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import STEPS, assert_same_bits, shard_cache, tiny, train_in_new_process, train_in_process
 
-from pipeline.checkpoints import checkpoint_path, load_checkpoint
+from pipeline.runs.checkpoints import checkpoint_path, load_checkpoint
 
 PHASES = {"d_main", "d_r1", "g_main"}  # all are due at iteration 3
 

@@ -26,11 +26,11 @@ from mlflow import MlflowClient
 from PIL import Image
 from tracking_server import Cable, Server, mlflow_server
 
-from pipeline import mlflow_mirror
 from pipeline.config import Config
-from pipeline.config_io import config_from_dict, config_to_dict, flatten, load_config, merge
-from pipeline.mlflow_mirror import KEY_TAG, read_key
-from pipeline.tracking import RunTracker, make_tracker
+from pipeline.config.files import config_from_dict, config_to_dict, flatten, load_config, merge
+from pipeline.runs import mlflow_mirror
+from pipeline.runs.mlflow_mirror import KEY_TAG, read_key
+from pipeline.runs.tracking import RunTracker, make_tracker
 
 SUMMARY = {"mask/miou": 0.5}
 OF_THE_ROW = ("iteration", "images_seen", "timestamp_ms")
@@ -167,7 +167,7 @@ def test_server_that_is_away_in_the_middle_gets_everything(
         until(lambda: not tracker._mirror._failure)
     tracker.close("FINISHED", SUMMARY)
     assert_mirrored(server, tmp_path / "run", config)
-    told = [record.getMessage() for record in caplog.records if record.name == "pipeline.mlflow_mirror"]
+    told = [record.getMessage() for record in caplog.records if record.name == "pipeline.runs.mlflow_mirror"]
     assert ["does not answer" in line for line in told] == [True, False, True, False]
 
 

@@ -35,12 +35,12 @@ from helpers import (
 )
 from PIL import Image
 
-from pipeline.callbacks import Progress
-from pipeline.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint
 from pipeline.config import PRESETS
-from pipeline.config_io import config_from_dict, config_to_dict, flatten, load_config, merge
-from pipeline.interrupt import Interrupt
-from pipeline.mlflow_mirror import KEY_TAG, read_key
+from pipeline.config.files import config_from_dict, config_to_dict, flatten, load_config, merge
+from pipeline.runs.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint
+from pipeline.runs.mlflow_mirror import KEY_TAG, read_key
+from pipeline.training.callbacks import Progress
+from pipeline.training.interrupt import Interrupt
 
 SUMMARY = {
     *(f"mask/{name}" for name in ("iou_fg", "iou_bg", "miou", "precision", "recall", "f1", "accuracy")),
@@ -151,7 +151,7 @@ def test_share_of_time_waiting_for_data_is_that_of_the_loader(
         loader = iter(trainer.loader)
         monkeypatch.setattr(trainer, "loader", map(pass_time(3.0, lambda batch: batch), loader))
         monkeypatch.setattr(trainer.learner, "update_ema", pass_time(1.0, trainer.learner.update_ema))
-        for module in ("pipeline.trainer", "pipeline.callbacks"):
+        for module in ("pipeline.training.trainer", "pipeline.training.callbacks"):
             monkeypatch.setattr(f"{module}.time", mock.Mock(perf_counter=lambda: now))
         tracker = mock.Mock()
         trainer.fit([Progress(trainer, tracker)], Interrupt())

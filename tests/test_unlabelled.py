@@ -8,7 +8,7 @@ import torch
 from helpers import furballs, rows, shard_cache, tiny, train_in_process
 from torch import Tensor
 
-from data_shards.shard_set import ShardSet
+from data_shards.reading.shard_set import ShardSet
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from pipeline.evaluation.features import FeatureStatistics, image_distances
@@ -20,7 +20,7 @@ from pipeline.evaluation.unlabelled import (
     border_share,
     separation,
 )
-from pipeline.randomness import Stream, draw
+from pipeline.methods.randomness import Stream, draw
 
 SIZE = 16
 

@@ -24,9 +24,9 @@ from scipy.special import betainc, ndtri
 from starlette.testclient import TestClient
 
 from pipeline import user_study
-from pipeline.study.answers import Answer, Answers, Study
-from pipeline.study.plan import Trial, trials
-from pipeline.study.result import binomial_share, summarise
+from pipeline.pages.study.answers import Answer, Answers, Study
+from pipeline.pages.study.plan import Trial, trials
+from pipeline.pages.study.result import binomial_share, summarise
 from pipeline.user_study import Serve, make_app
 
 NAMES = [f"cat{number}" for number in range(6)]

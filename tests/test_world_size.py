@@ -91,7 +91,7 @@ def test_ranks_draw_latents_and_see_pictures_of_their_own_which_together_are_tho
     for kind in ("pictures", "latents"):
         for step, whole in enumerate(one[kind]):
             parts = [r[kind][step] for r in several]
-            # A rank has whole columns of the batch as (4, n / 4): see data_shards.order.rank_slots.
+            # A rank has whole columns of the batch as (4, n / 4): see data_shards.reading.order.rank_slots.
             together = torch.cat([part.unflatten(0, (4, -1)) for part in parts], dim=1).flatten(0, 1)
             assert torch.equal(together, whole)
             rows = [tuple(row.flatten().tolist()) for part in parts for row in part.reshape(len(part), -1)[:, :8]]

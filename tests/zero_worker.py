@@ -15,19 +15,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from data_shards.order import rank_slots
-from pipeline import losses
-from pipeline.checkpoints import copy_to_host
+from data_shards.reading.order import rank_slots
 from pipeline.config import Config, preset
-from pipeline.config_io import config_from_dict, load_config
-from pipeline.ddp import DdpEngine
-from pipeline.engine import Engine
-from pipeline.finite_guard import NonFiniteLossError
-from pipeline.interrupt import Interrupt
-from pipeline.learner import Learner
+from pipeline.config.files import config_from_dict, load_config
+from pipeline.methods.furrygan import losses
+from pipeline.ranks.ddp import DdpEngine
+from pipeline.ranks.engine import Engine
+from pipeline.ranks.zero import PartitionedEngine, ReplicatedEngine, zero_engine
+from pipeline.runs.checkpoints import copy_to_host
 from pipeline.train import train as run_training
-from pipeline.trainer import make_accelerator
-from pipeline.zero import PartitionedEngine, ReplicatedEngine, zero_engine
+from pipeline.training.finite_guard import NonFiniteLossError
+from pipeline.training.interrupt import Interrupt
+from pipeline.training.learner import Learner
+from pipeline.training.trainer import make_accelerator
 
 STEPS, HALF = 20, 10  # R1 at every third
 BACKENDS: dict[str, dict[str, Any]] = {"ddp": {}}
@@ -80,7 +80,7 @@ def storage_bytes(tensors: list[Tensor]) -> int:
 
 
 def measure(learner: Learner, config: Config) -> dict[str, int]:
-    """Bytes that this rank really holds, in an iteration after the first; as in `pipeline.memory.Held`."""
+    """Bytes that this rank really holds, in an iteration after the first; as in `pipeline.benchmarks.memory.Held`."""
     train(learner, config, range(1))
     networks = learner.generator, learner.discriminator
     parameters = [p for network in networks for p in network.parameters()]

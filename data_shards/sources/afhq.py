@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_shards.pictures import Picture, read_picture
+from data_shards.sources.images import Picture, read_picture
 from data_shards.sources.source import Source, existing_folder, picture_names
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import ImageChops
 
 from data_shards.errors import UserError
-from data_shards.pictures import BrokenPictureError, Picture, read_mask, read_picture
+from data_shards.sources.images import BrokenPictureError, Picture, read_mask, read_picture
 from data_shards.sources.source import Source, existing_folder
 
 PARTS = (

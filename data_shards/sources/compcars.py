@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_shards.errors import UserError
-from data_shards.pictures import Box, BrokenPictureError, Picture, read_picture
+from data_shards.sources.images import Box, BrokenPictureError, Picture, read_picture
 from data_shards.sources.source import BoxedSource, existing_folder, picture_names, text_lines
 
 

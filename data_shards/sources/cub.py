@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data_shards.errors import UserError
-from data_shards.pictures import Box, BrokenPictureError, Picture, read_mask, read_picture
+from data_shards.sources.images import Box, BrokenPictureError, Picture, read_mask, read_picture
 from data_shards.sources.source import BoxedSource, text_lines
 
 _REMEDY = "give the folder CUB_200_2011 that CUB_200_2011.tgz unpacks to"

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_shards.errors import UserError
-from data_shards.pictures import (
+from data_shards.sources.images import (
     ALPHA_FILTER,
     DOWNSCALE_FILTER,
     UPSCALE_FILTER,

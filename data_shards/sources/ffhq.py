@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.errors import UserError
-from data_shards.pictures import Picture, read_picture
+from data_shards.sources.images import Picture, read_picture
 from data_shards.sources.source import Source, existing_folder, picture_names
 
 _NAME = re.compile(r"(.*/)?\d{5}\.png")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_shards.pictures import Picture, read_picture
+from data_shards.sources.images import Picture, read_picture
 from data_shards.sources.source import Source, existing_folder, picture_names
 
 

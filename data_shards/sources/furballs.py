@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_shards.errors import UserError
-from data_shards.pictures import Picture
-from data_shards.sample import Sample
+from data_shards.format.sample import Sample
+from data_shards.sources.images import Picture
 from data_shards.sources.source import Source
 from data_shards.sources.strands import (
     NUM_OUTLINE_POINTS,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_shards.errors import UserError
-from data_shards.pictures import BrokenPictureError, Picture, one_line, read_picture
+from data_shards.sources.images import BrokenPictureError, Picture, one_line, read_picture
 from data_shards.sources.source import Source
 
 if TYPE_CHECKING:

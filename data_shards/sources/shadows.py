@@ -4,7 +4,7 @@ The light is hard and comes from the upper left; the shadow falls on a wall clos
 own outline, shifted, and always touches it. What light there is in it comes from the fur, and so does its colour, that
 of the fur's dark rim. (A black shadow is not ambiguous, found by trial: it becomes part of the background.) It moves
 with the creature as a limb would: whether it belongs to the foreground is for somebody to say, as by
-`pipeline/scribbles.py`.
+`pipeline/methods/furrygan/scribbles.py`.
 """
 
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_shards.pictures import Picture
 from data_shards.sources.furballs import Furballs, Layers, draw_layers
+from data_shards.sources.images import Picture
 
 VERSION = 1
 """Of the look: raised when the same (seed, index) casts another shadow."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data_shards.errors import UserError
-from data_shards.pictures import Picture, picture_extensions
+from data_shards.sources.images import Picture, picture_extensions
 
 
 @dataclass(frozen=True, kw_only=True)

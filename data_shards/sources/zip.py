@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from data_shards.errors import UserError
-from data_shards.pictures import BrokenPictureError, Picture, one_line, picture_extensions, read_picture
+from data_shards.sources.images import BrokenPictureError, Picture, one_line, picture_extensions, read_picture
 from data_shards.sources.source import Source
 
 MAX_FILE_BYTES = 256 << 20

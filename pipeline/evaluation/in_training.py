@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_shards.loader import make_loader
-from data_shards.order import GROUP_SIZE, BatchOrder
-from data_shards.shard_set import ShardSet
+from data_shards.reading.loader import make_loader
+from data_shards.reading.order import GROUP_SIZE, BatchOrder
+from data_shards.reading.shard_set import ShardSet
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
-from pipeline.checkpoints import serialise
 from pipeline.config import Config
-from pipeline.distributed import global_sum, on_first_rank, share
+from pipeline.evaluation.mask_metrics import MaskCounter, MaskMetrics
 from pipeline.evaluation.pictures import RealPictures
-from pipeline.losses import downsample_mask
-from pipeline.mask_metrics import MaskCounter, MaskMetrics
-from pipeline.randomness import Stream, draw
-from pipeline.saving import SaveError, saving
-from pipeline.segmenter import SEGMENTER_VERSION, Segmenter, fit_segmenter, shrink
+from pipeline.evaluation.segmenter import SEGMENTER_VERSION, Segmenter, fit_segmenter, shrink
+from pipeline.methods.furrygan.losses import downsample_mask
+from pipeline.methods.randomness import Stream, draw
+from pipeline.ranks.collectives import global_sum, on_first_rank, share
+from pipeline.runs.checkpoints import serialise
+from pipeline.runs.saving import SaveError, saving
 
 logger = logging.getLogger(__name__)
 

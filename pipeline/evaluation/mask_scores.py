@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.evaluation.mask_metrics import MaskMetrics, confusion_counts
 from pipeline.evaluation.matting import ERRORS, REGIONS, matting_errors
-from pipeline.mask_metrics import MaskMetrics, confusion_counts
 
 
 @dataclass(frozen=True, eq=False)

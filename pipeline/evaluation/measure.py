@@ -10,15 +10,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 
-from data_shards.shard_set import ShardSet
+from data_shards.reading.shard_set import ShardSet
 from models.generator import GeneratorOutput
 from pipeline.evaluation.features import Extractor, FeatureStatistics, statistics_path
 from pipeline.evaluation.mask_scores import MaskScores, join, score_masks
 from pipeline.evaluation.pictures import RealPictures, generate, to_uint8
 from pipeline.evaluation.pseudo_truth import ALPHA, Segmentation
 from pipeline.evaluation.ranks import in_order
-from pipeline.losses import downsample_mask
-from pipeline.trained import TrainedRun
+from pipeline.generation.trained_run import TrainedRun
+from pipeline.methods.furrygan.losses import downsample_mask
 
 NUM_ALPHA_BINS = 20
 

@@ -4,8 +4,17 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.mlflow_mirror import SQLITE, absolute_uri, find_run, hide_password, make_client, now_ms, read_key, why
-from pipeline.trained import TrainedRun
+from pipeline.generation.trained_run import TrainedRun
+from pipeline.runs.mlflow_mirror import (
+    SQLITE,
+    absolute_uri,
+    find_run,
+    hide_password,
+    make_client,
+    now_ms,
+    read_key,
+    why,
+)
 
 logger = logging.getLogger(__name__)
 

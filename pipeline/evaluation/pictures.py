@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from data_shards.errors import UserError
-from data_shards.loader import check_size
-from data_shards.shard_set import ShardSet
+from data_shards.reading.loader import check_size
+from data_shards.reading.shard_set import ShardSet
 from models.generator import GeneratorOutput
-from pipeline.randomness import Stream, draw
-from pipeline.trained import TrainedRun
+from pipeline.generation.trained_run import TrainedRun
+from pipeline.methods.randomness import Stream, draw
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ ABLATIONS = {
         "full": (0.93, 0.82, 0.88, 0.95, 0.98, 0.96, 8.72),
     }.items()
 }
-"""Table 1, by the names in `pipeline/ablation/variants.py`: FFHQ, TRACER, psi 1.0."""
+"""Table 1, by the names in `pipeline/studies/ablation/variants.py`: FFHQ, TRACER, psi 1.0."""
 
 NUM_SAMPLES = 50_000
 """Generated for each of the figures."""

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_shards.shard_set import ShardSet
+from data_shards.reading.shard_set import ShardSet
 from pipeline.evaluation.features import Extractor, FeatureStatistics, ImageMetric, image_distances
+from pipeline.evaluation.mask_metrics import MaskMetrics
 from pipeline.evaluation.measure import Generated, Plan, Real
-from pipeline.mask_metrics import MaskMetrics
 
 RESULTS_VERSION = 1
 

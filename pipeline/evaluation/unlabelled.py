@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.shard_set import ShardSet
+from data_shards.reading.shard_set import ShardSet
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator
-from pipeline.distributed import on_first_rank
 from pipeline.evaluation.features import FeatureStatistics, image_distances, load_extractor
+from pipeline.evaluation.mask_metrics import MaskCounter
 from pipeline.evaluation.pictures import RealPictures, to_uint8
 from pipeline.evaluation.random_features import RANDOM_VGG16
-from pipeline.losses import downsample_mask
-from pipeline.mask_metrics import MaskCounter
-from pipeline.randomness import Stream, draw
+from pipeline.methods.furrygan.losses import downsample_mask
+from pipeline.methods.randomness import Stream, draw
+from pipeline.ranks.collectives import on_first_rank
 
 NUM_SAMPLES = 512
 NUM_REAL = 1024

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data_shards.files import whole_directory
 from pipeline.generation.kind import Kind
+from pipeline.generation.sample_grid import to_uint8_pictures
 from pipeline.generation.sampler import Sampler
-from pipeline.sample_grid import to_uint8_pictures
 
 
 @dataclass(frozen=True, kw_only=True)

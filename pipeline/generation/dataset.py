@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_shards.building.writer import write_shards
 from data_shards.errors import UserError
-from data_shards.sample import Sample
-from data_shards.writer import write_shards
+from data_shards.format.sample import Sample
 from pipeline.generation.cutouts import to_uint8_alpha
 from pipeline.generation.kind import Kind
+from pipeline.generation.sample_grid import to_uint8_pictures
 from pipeline.generation.sampler import Sampler
-from pipeline.sample_grid import to_uint8_pictures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from data_shards.files import whole_file
 from pipeline.generation.kind import Kind
+from pipeline.generation.sample_grid import PICTURES, draw_panel, stack, to_uint8_pictures
 from pipeline.generation.sampler import Sampler
-from pipeline.sample_grid import PICTURES, draw_panel, stack, to_uint8_pictures
 
 COLUMNS = 8
 

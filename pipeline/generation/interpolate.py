@@ -17,8 +17,8 @@ from data_shards.errors import UserError
 from data_shards.files import whole_directory
 from data_shards.progress import progress_bar
 from pipeline.generation.kind import Kind
+from pipeline.generation.sample_grid import CELL, MARGIN, PAPER, PICTURES, draw_panel, stack, to_uint8_pictures
 from pipeline.generation.sampler import Sampler
-from pipeline.sample_grid import CELL, MARGIN, PAPER, PICTURES, draw_panel, stack, to_uint8_pictures
 
 STRIP_COLUMNS = 9
 ROWS = ("foreground", "final mask", "composite")

@@ -12,8 +12,8 @@ from typing import ClassVar
 from data_shards.errors import UserError
 from data_shards.files import check_new
 from pipeline.generation.sampler import NoiseMode, Sampler
-from pipeline.repeatable import make_repeatable, this_device
-from pipeline.trained import open_run
+from pipeline.generation.trained_run import open_run
+from pipeline.runs.reproducible import make_repeatable, this_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from data_shards.progress import progress_bar
 from models.generator import SynthesisNetwork
 from pipeline.generation.grid import save_picture
 from pipeline.generation.kind import Kind
+from pipeline.generation.sample_grid import beside, draw_panel, to_uint8_pictures
 from pipeline.generation.sampler import Sampler
-from pipeline.sample_grid import beside, draw_panel, to_uint8_pictures
 
 Level = Literal["coarse", "middle", "fine"]
 LEVELS: tuple[Level, ...] = get_args(Level)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from data_shards.progress import progress_bar
 from models.generator import GeneratorOutput
-from pipeline.randomness import Draw, Stream, draw
-from pipeline.trained import TrainedRun
+from pipeline.generation.trained_run import TrainedRun
+from pipeline.methods.randomness import Draw, Stream, draw
 
 NoiseMode = Literal["random", "const", "none"]
 """Noise of each sample's own, that of sample 0 for all, or zeros."""

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from data_shards.errors import UserError
-from data_shards.pictures import BrokenPictureError, fit, read_picture
+from data_shards.sources.images import BrokenPictureError, fit, read_picture
 from data_shards.sources.source import existing_folder, picture_names
 from models.masks import composite
 from pipeline.generation.grid import save_picture
 from pipeline.generation.kind import Kind
+from pipeline.generation.sample_grid import cutout_on_board, draw_panel, to_uint8_pictures
 from pipeline.generation.sampler import Sampler
-from pipeline.randomness import Stream
-from pipeline.sample_grid import cutout_on_board, draw_panel, to_uint8_pictures
+from pipeline.methods.randomness import Stream
 
 
 @dataclass(frozen=True, kw_only=True)

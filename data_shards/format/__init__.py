@@ -1,0 +1,1 @@
+"""What a shard set is on disk: samples, manifest, index."""

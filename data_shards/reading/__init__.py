@@ -1,0 +1,1 @@
+"""Reading shard sets: order, decoding, loaders."""

@@ -1,0 +1,1 @@
+"""Shard sets behind a URL, and their cache."""

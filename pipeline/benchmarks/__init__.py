@@ -1,0 +1,1 @@
+"""Benchmarks of operators, steps and ranks, and the scaling model."""

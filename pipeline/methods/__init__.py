@@ -1,0 +1,1 @@
+"""What is trained: phases as data, with losses, random streams and schedules."""

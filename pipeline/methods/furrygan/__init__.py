@@ -1,0 +1,1 @@
+"""FurryGAN (ECCV 2022): its losses and phases."""

@@ -1,0 +1,1 @@
+"""Real photographs: projection, distillation, comparison of both."""

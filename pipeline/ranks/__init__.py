@@ -1,0 +1,1 @@
+"""Many processes: engines, collectives, failures."""

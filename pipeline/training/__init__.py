@@ -1,0 +1,1 @@
+"""The training loop: learner, trainer, guard, meter, signals."""
