@@ -199,7 +199,7 @@ import sys
 from pathlib import Path
 from pipeline.config.files import config_from_dict, load_config
 from pipeline.training.interrupt import Interrupt
-from pipeline.train import train
+from pipeline.training.run import train
 from pipeline.training.trainer import make_accelerator
 
 accelerator = make_accelerator(60.0)

@@ -23,10 +23,10 @@ from pipeline.ranks.ddp import DdpEngine
 from pipeline.ranks.engine import Engine
 from pipeline.ranks.zero import PartitionedEngine, ReplicatedEngine, zero_engine
 from pipeline.runs.checkpoints import copy_to_host
-from pipeline.train import train as run_training
 from pipeline.training.finite_guard import NonFiniteLossError
 from pipeline.training.interrupt import Interrupt
 from pipeline.training.learner import Learner
+from pipeline.training.run import train as run_training
 from pipeline.training.trainer import make_accelerator
 
 STEPS, HALF = 20, 10  # R1 at every third

@@ -28,8 +28,8 @@ from pipeline.runs.directory import is_finished
 from pipeline.runs.tracking import RunFiles
 from pipeline.studies.sweep.logs import logged
 from pipeline.studies.sweep.space import override
-from pipeline.train import train
 from pipeline.training.interrupt import Interrupt
+from pipeline.training.run import train
 from pipeline.training.trainer import make_accelerator
 
 ITERATION = "iteration"
