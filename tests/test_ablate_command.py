@@ -17,7 +17,7 @@ from pipeline import ablate
 from pipeline.config.command_line import parse_arguments
 from pipeline.config.files import merge, save_config
 from pipeline.generation.sample_grid import CELL, MARGIN
-from pipeline.studies.ablation import study
+from pipeline.studies.ablation.study import AblationOptions, _measured, make_trials
 from pipeline.studies.ablation.variants import FULL
 
 ABLATE = Path(ablate.__file__)
@@ -48,8 +48,8 @@ def study(cwd: Path) -> tuple[Path, Outcome]:
     patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", python_path())
     patch.chdir(cwd)
-    arguments = parse_arguments(study.AblationOptions, "", list(SMALL))
-    full = study.make_trials(arguments, Path("study"), study._measured(arguments), num_threads=1)[1]
+    arguments = parse_arguments(AblationOptions, "", list(SMALL))
+    full = make_trials(arguments, Path("study"), _measured(arguments), num_threads=1)[1]
     assert full.variant is FULL
     save_config(full.config, cwd / "full.yaml")
     before = train_in_process(cwd, "--config", "full.yaml")
@@ -181,5 +181,5 @@ def test_without_inceptions_weights_one_line_says_so_and_no_trial_asks_for_them(
     monkeypatch.setenv("TORCH_HOME", str(cwd / "empty"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.chdir(cwd)
-    arguments = parse_arguments(study.AblationOptions, "", ["--config", "tiny.yaml"])
-    assert study._measured(arguments).image_metrics == ()
+    arguments = parse_arguments(AblationOptions, "", ["--config", "tiny.yaml"])
+    assert _measured(arguments).image_metrics == ()
