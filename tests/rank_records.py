@@ -18,7 +18,8 @@ import torch._dynamo  # the optimizers want it
 import torch.multiprocessing
 from helpers import BATCH, ON_CPU, TINY, furballs
 
-from data_shards.reading.loader import Batch, Loader, make_loader
+from data_shards.reading.batches import Batch, Loader
+from data_shards.reading.loader import make_loader
 from data_shards.reading.shard_set import ShardSet
 from pipeline.config import Config
 from pipeline.config.files import config_from_dict, merge

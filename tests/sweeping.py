@@ -10,8 +10,8 @@ import psutil
 import yaml
 from helpers import PIPES, TINY, Outcome, environment, run_in_process
 
+import ray_tune
 from pipeline.config.files import merge
-from pipeline.studies.sweep import command
 
 RAY_TUNE = Path(__file__).parents[1] / "ray_tune.py"
 STEPS = 10
@@ -31,7 +31,7 @@ def run_sweep(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def sweep_in_process(cwd: Path, *arguments: str) -> Outcome:
     """The command, without the seconds that a new process takes; for sweeps that come to no trial."""
-    return run_in_process(command.main, RAY_TUNE, cwd, *arguments)
+    return run_in_process(ray_tune.main, RAY_TUNE, cwd, *arguments)
 
 
 @contextlib.contextmanager

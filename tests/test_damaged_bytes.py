@@ -17,7 +17,8 @@ from data_shards.building.writer import write_shards
 from data_shards.errors import UserError
 from data_shards.format.manifest import MANIFEST_NAME
 from data_shards.format.sample import Sample
-from data_shards.reading.loader import Batch, make_loader
+from data_shards.reading.batches import Batch
+from data_shards.reading.loader import make_loader
 from data_shards.reading.shard_set import ShardSet
 
 RESOLUTION, NUM_SAMPLES = 8, 8

@@ -18,8 +18,9 @@ from PIL import Image
 from data_shards.building.writer import write_encoded_shards, write_shards
 from data_shards.errors import UserError
 from data_shards.format.sample import Sample
+from data_shards.reading.batches import Batch, Loader
 from data_shards.reading.decode import decode
-from data_shards.reading.loader import Batch, Loader, LoaderKind, make_loader
+from data_shards.reading.loader import LoaderKind, make_loader
 from data_shards.reading.order import BatchOrder, ShardWindows, epoch_order, rank_slots
 from data_shards.reading.shard_set import ShardSet
 from data_shards.reading.wds import BatchMemory

@@ -28,7 +28,8 @@ from helpers import (
     training_rows,
 )
 
-from data_shards.reading.loader import Batch, make_loader
+from data_shards.reading.batches import Batch
+from data_shards.reading.loader import make_loader
 from data_shards.reading.shard_set import ShardSet
 from pipeline.config.files import merge
 from pipeline.runs.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint

@@ -8,8 +8,9 @@ from data_shards.errors import UserError
 from pipeline.config import PRESETS, Config
 from pipeline.config.command_line import parse_arguments
 from pipeline.config.files import config_from_dict, config_to_dict, flatten
-from pipeline.studies.sweep.command import Arguments, sweep
+from pipeline.studies.sweep.options import SweepOptions
 from pipeline.studies.sweep.space import SEARCHED, ends, make_space, override, start_of, to_ray
+from pipeline.studies.sweep.sweep import sweep
 
 DEFAULT = ("loss.phi1", "loss.binarization_start", "loss.binarization_end", "loss.binarization_iterations", "loss.phi2")
 
@@ -95,7 +96,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("searched", MISTAKES)
 def test_mistake_in_the_space_is_named_before_anything_is_made(searched: str, tmp_path: Path) -> None:
-    arguments = parse_arguments(Arguments, "", ["--search", searched])
+    arguments = parse_arguments(SweepOptions, "", ["--search", searched])
     with pytest.raises(UserError) as error:
         sweep(arguments, tmp_path / "sweep")
     assert MISTAKES[searched] in str(error.value) and searched.partition("=")[0] in str(error.value)

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
 from data_shards.errors import UserError
-from data_shards.reading.loader import Batch, EncodedBatch, OrderedLoader, check_size
+from data_shards.reading.batches import Batch, EncodedBatch, OrderedLoader, check_size
 from data_shards.reading.order import BatchOrder
 from data_shards.reading.shard_set import ShardSet
 

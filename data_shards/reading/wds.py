@@ -19,8 +19,8 @@ import webdataset
 from numpy.typing import NDArray
 
 from data_shards.errors import UserError
+from data_shards.reading.batches import BATCHES_AHEAD, Batch, EncodedBatch, OrderedLoader, check_size
 from data_shards.reading.decode import decode
-from data_shards.reading.loader import BATCHES_AHEAD, Batch, EncodedBatch, OrderedLoader, check_size
 from data_shards.reading.order import BatchOrder
 from data_shards.reading.shard_set import ALPHA_EXTENSION, IMAGE_EXTENSIONS, ShardSet
 
@@ -58,7 +58,7 @@ class _Decoding:
 
 
 class WebDatasetLoader(OrderedLoader[_Decoding]):
-    """See `data_shards.reading.loader.Loader`."""
+    """See `data_shards.reading.batches.Loader`."""
 
     def __init__(
         self, shard_set: ShardSet, order: BatchOrder, *, with_alpha: bool, device: torch.device, num_threads: int

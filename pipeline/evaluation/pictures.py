@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_shards.errors import UserError
-from data_shards.reading.loader import check_size
+from data_shards.reading.batches import check_size
 from data_shards.reading.shard_set import ShardSet
 from models.generator import GeneratorOutput
 from pipeline.generation.trained_run import TrainedRun

@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from data_shards.errors import UserError
-from data_shards.reading.loader import Loader, make_loader
+from data_shards.reading.batches import Loader
+from data_shards.reading.loader import make_loader
 from data_shards.reading.order import GROUP_SIZE
 from data_shards.reading.shard_set import ShardSet
 from pipeline.config import Config

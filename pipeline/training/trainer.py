@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from data_shards.errors import UserError
-from data_shards.reading.loader import Loader
+from data_shards.reading.batches import Loader
 from data_shards.reading.order import rank_slots
 from models.discriminator import Discriminator
 from models.fused import has_triton

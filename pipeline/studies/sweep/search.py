@@ -25,7 +25,7 @@ from pipeline.runs.locks import locked
 from pipeline.runs.mlflow_mirror import absolute_uri
 from pipeline.runs.reproducible import this_device
 from pipeline.runs.shards import open_shards
-from pipeline.studies.sweep.command import Arguments, save_arguments
+from pipeline.studies.sweep.options import SweepOptions, save_options
 from pipeline.studies.sweep.parent import ParentRun
 from pipeline.studies.sweep.records import RecordTrials, read_records
 from pipeline.studies.sweep.results import publish
@@ -49,17 +49,17 @@ class Search:
     """A sweep.
 
     Args:
-        arguments: of the command line.
+        options: of the command line.
         space: fields with their distributions.
         out: directory of the sweep.
     """
 
-    def __init__(self, arguments: Arguments, space: Mapping[str, str], out: Path) -> None:
-        self._arguments = arguments
+    def __init__(self, options: SweepOptions, space: Mapping[str, str], out: Path) -> None:
+        self._options = options
         self._space = space
         self._out = out
         self._trials = out / "trials"
-        self._steps = arguments.trial_steps or trial_steps(arguments.tree.dataset)
+        self._steps = options.trial_steps or trial_steps(options.tree.dataset)
 
     def run(self) -> None:
         """Run the trials that have not been run, and tell what all of them say.
@@ -68,37 +68,37 @@ class Search:
             UserError: the data or the resources are impossible.
             SystemExit: after Ctrl-C.
         """
-        arguments = self._arguments
-        with ray_cluster(arguments.address):
+        options = self._options
+        with ray_cluster(options.address):
             resources = self._resources()
-            num_parallel = min(num_at_a_time(resources), arguments.num_parallel or sys.maxsize)
-            tree, has_alpha = _prepared(arguments.tree)
+            num_parallel = min(num_at_a_time(resources), options.num_parallel or sys.maxsize)
+            tree, has_alpha = _prepared(options.tree)
             metric = self._metric(has_alpha)
             with locked(self._out, "sweep"):
-                save_arguments(arguments, self._out)
-                with contextlib.closing(ParentRun(arguments.tree, self._out, self._space)) as parent:
+                save_options(options, self._out)
+                with contextlib.closing(ParentRun(options.tree, self._out, self._space)) as parent:
                     self._study(self._trial_tree(tree, parent), metric, resources, num_parallel).run()
                     records = read_records(self._trials)
-                    publish(records, self._space, metric, arguments.tree, self._out, parent)
-                    is_whole = len(records) == arguments.num_trials
+                    publish(records, self._space, metric, options.tree, self._out, parent)
+                    is_whole = len(records) == options.num_trials
                     parent.status = "FINISHED" if is_whole else "KILLED"
         if not is_whole:
-            logger.info("%d of %d trials ended: go on with --resume %s", len(records), arguments.num_trials, self._out)
+            logger.info("%d of %d trials ended: go on with --resume %s", len(records), options.num_trials, self._out)
             raise SystemExit(INTERRUPTED)
 
     def _resources(self) -> Resources:
         """Of a trial."""
-        arguments = self._arguments
+        options = self._options
         num_gpus = ray.cluster_resources().get("GPU", 0.0)
-        gpus = arguments.gpus_per_trial
+        gpus = options.gpus_per_trial
         if gpus is None:
             gpus = 1.0 if num_gpus else 0.0
         at_a_time = num_gpus // gpus if gpus else 4  # small enough for two on a laptop, and not one a core of a server
-        cpus = arguments.cpus_per_trial or max(1, int(num_cores() // max(at_a_time, 1)))
-        return Resources(cpus, gpus, arguments.workers_per_trial)
+        cpus = options.cpus_per_trial or max(1, int(num_cores() // max(at_a_time, 1)))
+        return Resources(cpus, gpus, options.workers_per_trial)
 
     def _metric(self, has_alpha: bool) -> str:
-        metric = self._arguments.metric
+        metric = self._options.metric
         if metric == MIOU and not has_alpha:
             raise UserError(f"--metric {MIOU} needs true alpha, and the shards have none: leave it out")
         return metric if metric != "auto" else MIOU if has_alpha else UNLABELLED
@@ -106,7 +106,7 @@ class Search:
     def _trial_tree(self, tree: Config, parent: ParentRun) -> Config:
         """The configuration of all trials, but for what is searched."""
         log = replace(tree.log, keep_checkpoints=1, tags={**tree.log.tags, **parent.tags_of_children})
-        if self._arguments.scheduler != "none":
+        if self._options.scheduler != "none":
             every = max(tree.batch, self._steps * tree.batch // MEASUREMENTS)
             log = replace(
                 log,
@@ -117,7 +117,7 @@ class Search:
         return replace(tree, steps=self._steps, run_dir=None, log=log, evaluation=evaluation)
 
     def _study(self, tree: Config, metric: str, resources: Resources, num_parallel: int) -> Study:
-        arguments = self._arguments
+        options = self._options
         plan = Plan(
             tree=config_to_dict(tree),
             directory=self._trials.absolute(),
@@ -125,18 +125,18 @@ class Search:
             num_workers=resources.num_workers,
             cpus=resources.cpus,
             gpus=resources.gpus,
-            hands_over=arguments.scheduler == "pbt",
+            hands_over=options.scheduler == "pbt",
         )
         columns = {name: name for name in dict.fromkeys((ITERATION, metric, UNLABELLED))}
         return Study(
             directory=self._out,
             trainable=partial(run_trial, plan=plan),
             space=to_ray(self._space),
-            num_samples=arguments.num_trials,
+            num_samples=options.num_trials,
             metric=metric,
             resources=resources,
             num_parallel=num_parallel,
-            table=Table(columns, list(self._space), (ITERATION, self._steps), arguments.num_trials),
+            table=Table(columns, list(self._space), (ITERATION, self._steps), options.num_trials),
             callbacks=[RecordTrials(plan.directory, self._steps)],
             scheduler=self._scheduler(),
             searcher=self._searcher(metric),
@@ -144,10 +144,10 @@ class Search:
 
     def _scheduler(self) -> TrialScheduler | None:
         every = max(1, self._steps // MEASUREMENTS)
-        if self._arguments.scheduler == "asha":
+        if self._options.scheduler == "asha":
             grace, beyond = min(GRACE * every, self._steps), self._steps + 1  # a trial that gets there ends by itself
             return ASHAScheduler(time_attr=ITERATION, max_t=beyond, grace_period=grace, reduction_factor=REDUCTION)
-        if self._arguments.scheduler == "pbt":
+        if self._options.scheduler == "pbt":
             mutations = {field: domain for field, domain in to_ray(self._space).items() if field in PBT_MUTATIONS}
             return PopulationBasedTraining(
                 time_attr=ITERATION,
@@ -158,8 +158,8 @@ class Search:
 
     def _searcher(self, metric: str) -> Searcher:
         """Begins with the configuration as it is, so that a sweep does not end below where it began."""
-        first, seed = [start_of(self._space, self._arguments.tree)], self._arguments.tree.seed
-        if self._arguments.searcher == "random":
+        first, seed = [start_of(self._space, self._options.tree)], self._options.tree.seed
+        if self._options.searcher == "random":
             return BasicVariantGenerator(points_to_evaluate=first, random_state=seed)
         return OptunaSearch(metric=metric, mode="max", points_to_evaluate=first, seed=seed)
 

@@ -1,10 +1,8 @@
-"""The command that searches: `ray_tune.py`."""
+"""The options of a sweep, and the file in which it keeps them."""
 
-import logging
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,20 +11,16 @@ import yaml
 
 from data_shards.errors import UserError
 from pipeline.config import Config
-from pipeline.config.command_line import parse_arguments
 from pipeline.config.files import load_config
 from pipeline.runs.directory import write_config
 from pipeline.runs.saving import saving
-from pipeline.studies.sweep.space import PBT_MUTATIONS, make_space
-from pipeline.training.interrupt import Interrupt
 
-DESCRIPTION = "Search thresholds and schedules for a data set: many short trainings, the best of them in best.yaml."
 SWEEP_FILE = "sweep.yaml"
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What the command line says."""
+class SweepOptions:
+    """What to search, and with what. Each field is an option of the command line."""
 
     tree: Annotated[Config, tyro.conf.arg(name="")]
     """The configuration that is searched around; --steps is that of the full training afterwards."""
@@ -82,70 +76,27 @@ class Arguments:
             raise UserError("--scheduler pbt searches by itself: leave out --searcher optuna")
 
 
-def main() -> None:
-    """Search as the command line says."""
-    arguments = parse_arguments(Arguments, DESCRIPTION)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    if arguments.resume is not None:
-        arguments = _saved(arguments)
-    out = arguments.resume or arguments.out or _new_directory(arguments.tree)
-    with Interrupt():
-        sweep(arguments, out)
-
-
-def sweep(arguments: Arguments, out: Path) -> None:
-    """Run the trials that have not been run, and tell what all of them say.
-
-    Args:
-        arguments: of the sweep.
-        out: its directory.
-
-    Raises:
-        UserError: the configuration, the space or the resources are impossible; nothing was begun.
-        SystemExit: after Ctrl-C.
-    """
-    space = make_space(arguments.tree, _searched(arguments))
-    if arguments.resume is None and (out / SWEEP_FILE).exists():
-        raise UserError(f"{out} holds a sweep already: go on with it by --resume {out}, or choose another --out")
-    # Ray takes seconds to import, and what is impossible is to be known before.
-    from pipeline.studies.sweep.search import Search
-
-    Search(arguments, space, out).run()
-
-
-def save_arguments(arguments: Arguments, out: Path) -> None:
+def save_options(options: SweepOptions, out: Path) -> None:
     """Write what `--resume` needs.
 
     Raises:
         SaveError: it cannot be.
     """
-    values = {k: v for k, v in asdict(arguments).items() if k not in ("tree", "config", "resume", "out")}
-    values["search"] = list(arguments.search)
+    values = {k: v for k, v in asdict(options).items() if k not in ("tree", "config", "resume", "out")}
+    values["search"] = list(options.search)
     with saving(out / SWEEP_FILE) as temporary:
         temporary.write_text(yaml.safe_dump(values, sort_keys=False))
-    write_config(arguments.tree, out)
+    write_config(options.tree, out)
 
 
-def _saved(arguments: Arguments) -> Arguments:
+def saved_options(options: SweepOptions) -> SweepOptions:
     """Those that a sweep was begun with."""
-    assert arguments.resume is not None
+    assert options.resume is not None
     if len(sys.argv[1:]) > 2:
         raise UserError("a sweep goes on as it was begun: give --resume DIRECTORY alone")
-    path = arguments.resume / SWEEP_FILE
+    path = options.resume / SWEEP_FILE
     if not path.is_file():
-        raise UserError(f"--resume {arguments.resume}: there is no {SWEEP_FILE} in it, so it is no sweep")
+        raise UserError(f"--resume {options.resume}: there is no {SWEEP_FILE} in it, so it is no sweep")
     values = load_config(path)
-    tree = replace(arguments.tree, run_dir=None)
-    return Arguments(**values | {"search": tuple(values["search"])}, tree=tree, resume=arguments.resume)
-
-
-def _searched(arguments: Arguments) -> list[str]:
-    """What is asked for besides the fields of the data set."""
-    if arguments.scheduler != "pbt":
-        return list(arguments.search)
-    named = {one.partition("=")[0] for one in arguments.search}
-    return [*arguments.search, *(f"{f}={d}" for f, d in PBT_MUTATIONS.items() if f not in named)]
-
-
-def _new_directory(tree: Config) -> Path:
-    return Path("runs") / f"sweep-{tree.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
+    tree = replace(options.tree, run_dir=None)
+    return SweepOptions(**values | {"search": tuple(values["search"])}, tree=tree, resume=options.resume)
