@@ -25,9 +25,9 @@ from starlette.testclient import TestClient
 
 from pipeline import user_study
 from pipeline.pages.study.answers import Answer, Answers, Study
+from pipeline.pages.study.commands import Serve, make_app
 from pipeline.pages.study.plan import Trial, trials
 from pipeline.pages.study.result import binomial_share, summarise
-from pipeline.pages.study.commands import Serve, make_app
 
 NAMES = [f"cat{number}" for number in range(6)]
 QUESTION = "Which mask is more precise?"

@@ -9,17 +9,18 @@ greatest difference from the first line of each group. Needs torch alone.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from data_shards.command import run_command
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from models import ops
 from pipeline.benchmarks.variants import load_reference
-from pipeline.training.costs import seconds_of
 
 Operator = Callable[..., Tensor]
 TAPS = (1.0, 3.0, 3.0, 1.0)
@@ -141,7 +142,7 @@ def groups(batch: int, channels: int, resolution: int) -> list[Group]:
     ]
 
 
-def time_group(group: Group, device: torch.device, dtype: torch.dtype, repetitions: int) -> list[str]:
+def time_group(group: Group, device: torch.device, dtype: torch.dtype, min_seconds: float) -> list[str]:
     """Lines of the table."""
     inputs = [torch.randn(shape, device=device).to(dtype) for shape in group.shapes]
     inputs = [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs]
@@ -160,18 +161,15 @@ def time_group(group: Group, device: torch.device, dtype: torch.dtype, repetitio
         torch.autograd.grad(slope.square().sum(), leaves)
 
     kinds = (forward, backward, double_backward)
-    seconds: dict[tuple[str, int], list[float]] = {}
-    for repetition in range(repetitions + 1):
-        for name, way in group.ways.items():
-            for k, kind in enumerate(kinds):
-                taken = seconds_of(lambda: kind(way), device)  # noqa: B023
-                if repetition > 0:
-                    seconds.setdefault((name, k), []).append(taken)
     with torch.no_grad():
         results = [way(*inputs).float() for way in group.ways.values()]
     lines = []
-    for name, result in zip(group.ways, results, strict=True):
-        times = " | ".join(f"{statistics.median(seconds[name, k]) * 1e3:.2f}" for k in range(len(kinds)))
+    for (name, way), result in zip(group.ways.items(), results, strict=True):
+        timers = [
+            Timer("kind(way)", globals={"kind": kind, "way": way}, num_threads=torch.get_num_threads())
+            for kind in kinds
+        ]
+        times = " | ".join(f"{timer.blocked_autorange(min_run_time=min_seconds).median * 1e3:.2f}" for timer in timers)
         difference = (result - results[0]).abs().max() / results[0].abs().max()
         lines.append(f"| {group.name} | {name} | {times} | {float(difference):.0e} |")
     return lines
@@ -183,7 +181,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--min-seconds", type=float, default=0.2, help="how long each is timed at least")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     arguments = parser.parse_args()
@@ -191,8 +189,8 @@ def main() -> None:
     print("| what | how | forward ms | with backward ms | with double backward ms | relative difference |")
     print("| --- | --- | --- | --- | --- | --- |")
     for group in groups(arguments.batch, arguments.channels, arguments.resolution):
-        print("\n".join(time_group(group, device, dtype, arguments.repetitions)), flush=True)
+        print("\n".join(time_group(group, device, dtype, arguments.min_seconds)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, memory_remedy="give a smaller --batch")

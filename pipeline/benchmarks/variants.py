@@ -21,7 +21,7 @@ from pipeline.methods.schedules import is_due, linear_ramp
 from pipeline.training.learner import Learner
 
 Step = Callable[[], Any]
-REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "reference.py"
+REFERENCE = Path(__file__).resolve().parents[2] / "tests" / "reference.py"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pipeline.config import Config
 from pipeline.ranks.collectives import num_ranks
 from pipeline.ranks.engine import Engine
 
-SETTINGS = Path(__file__).resolve().parent.parent / "cluster" / "deepspeed"
+SETTINGS = Path(__file__).resolve().parents[2] / "cluster" / "deepspeed"
 
 
 def check_installed() -> None:
