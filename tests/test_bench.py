@@ -1,7 +1,6 @@
 """The benchmark counts right, compares like with like, keeps what it has, and runs where torch alone is installed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -163,7 +162,7 @@ def test_an_interrupted_run_keeps_its_figures(
 ) -> None:
     """The signal comes as the plain reading begins."""
     path = tmp_path / "bench.json"
-    with mock.patch.object(Plain, "run", lambda *_: os.kill(os.getpid(), number)), pytest.raises(SystemExit) as ended:
+    with mock.patch.object(Plain, "run", lambda *_: signal.raise_signal(number)), pytest.raises(SystemExit) as ended:
         run_bench(*SMALL, "--json", str(path))
     assert ended.value.code == code
     (figures,) = json.loads(path.read_text())
