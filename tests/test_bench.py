@@ -15,9 +15,9 @@ import torch.nn.functional as F  # noqa: N812
 
 from data_shards.errors import UserError
 from pipeline import bench
-from pipeline.bench import agreement
 from pipeline.benchmarks.alternatives import Group, groups
 from pipeline.benchmarks.measure import Runner, costs, profiled
+from pipeline.benchmarks.steps import agreement
 from pipeline.benchmarks.variants import Ours, Plain, Variant
 from pipeline.config import Config, ModelConfig, preset
 from pipeline.training.costs import Counter, Operators

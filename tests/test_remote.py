@@ -28,8 +28,8 @@ from data_shards.format.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from data_shards.format.sample import Sample
 from data_shards.reading.loader import LoaderKind, make_loader
 from data_shards.reading.shard_set import ShardSet
+from data_shards.remote import directory as remote
 from data_shards.remote.cache import ShardCache
-from data_shards.remote.directory import directory as remote
 from pipeline.config.files import merge
 from pipeline.runs.checkpoints import checkpoint_path, load_checkpoint
 
