@@ -124,9 +124,10 @@ def test_metrics_hold_every_term_and_what_tells_of_a_collapse(run_dir: Path) -> 
     assert all(math.isfinite(value) for row in training for value in row.values())
 
 
-def test_readme_names_metrics_that_exist(run_dir: Path) -> None:
-    readme = (TRAIN.parents[1] / "README.md").read_text()
-    named = set(re.findall(r"`((?:loss|mask|mask_pred_real|score|speed|memory|schedule|segmenter)/\w+)`", readme))
+@pytest.mark.parametrize("page", ["training.md", "speed.md"])
+def test_documentation_names_metrics_that_exist(run_dir: Path, page: str) -> None:
+    text = (TRAIN.parents[1] / "docs" / page).read_text()
+    named = set(re.findall(r"`((?:loss|mask|mask_pred_real|score|speed|memory|schedule|segmenter)/\w+)`", text))
     recorded = {name for row in rows(run_dir) for name in row} | json.loads(
         (run_dir / "summary.json").read_text()
     ).keys()
