@@ -1,1 +1,1 @@
-"""Picture collections as WebDataset shards, and the loaders that read them. Never imports models or pipeline."""
+"""Image collections as WebDataset shards, and the loaders that read them. Never imports models or pipeline."""

@@ -1,7 +1,7 @@
-"""How fast the loaders deliver pictures.
+"""How fast the loaders deliver images.
 
 python data_shards/bench.py                                 # furballs at 256 px, drawn first
-python data_shards/bench.py --data shards/mine --batch 64   # your own pictures
+python data_shards/bench.py --data shards/mine --batch 64   # your own images
 python data_shards/bench.py --resolution 8                  # almost nothing to decode: what is serial remains
 
 All read the same shards in the same order, in turn and over again, so that what else the machine does slows all alike.
@@ -51,7 +51,7 @@ class Arguments:
     cache_dir: Path = Path("shards")
     """Where the furballs are kept."""
     batch: int = 32
-    """Pictures a batch; a multiple of 4."""
+    """Images a batch; a multiple of 4."""
     batches: int = 20
     """Batches a loader is timed for, each time."""
     repetitions: int = 5
@@ -63,7 +63,7 @@ class Arguments:
 
 
 class _Pictures(Dataset[tuple[Tensor, ...]]):
-    """The straightforward way to read a picture."""
+    """The straightforward way to read an image."""
 
     def __init__(self, root: str, *, with_alpha: bool) -> None:
         self._root = root
@@ -205,9 +205,9 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description="Time the loaders on the same shards.")
     for name in ("batch", "batches", "repetitions"):
         if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)} is impossible: give 1 or more")
+            raise UserError(f"--{name} {getattr(arguments, name)} is invalid: give 1 or more")
     if arguments.batch % GROUP_SIZE:
-        raise UserError(f"--batch {arguments.batch} is impossible: give a multiple of {GROUP_SIZE}")
+        raise UserError(f"--batch {arguments.batch} is invalid: give a multiple of {GROUP_SIZE}")
     threads = arguments.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     data = arguments.data or furballs_shards(
@@ -217,7 +217,7 @@ def main() -> None:
         loaders, skipped = _loaders(shard_set, arguments, threads)
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         print(
-            f"{shard_set.root}: {shard_set.num_samples} pictures of {shard_set.resolution} px, "
+            f"{shard_set.root}: {shard_set.num_samples} images of {shard_set.resolution} px, "
             f".{shard_set.image_extension}{' with alpha' if arguments.alpha else ''}; batch {arguments.batch}, "
             f"{threads} threads, {gpu}\n"
         )

@@ -2,7 +2,7 @@
 
     python data_shards/bench_build.py --num-images 20000
 
-The pictures are drawn textures, stored as JPEG: 200 different ones under as many names as asked for. Both sides
+The images are drawn textures, stored as JPEG: 200 different ones under as many names as asked for. Both sides
 decode, crop, resize and encode alike; the plain loop does not even keep what it made. It is timed before and after the
 build, as a machine's speed drifts.
 """
@@ -42,13 +42,13 @@ class Arguments:
     """What to measure."""
 
     num_images: int = 20_000
-    """Pictures to build."""
+    """Images to build."""
     resolution: int = 256
     """Of the shards, pixels."""
     width: int = 512
-    """Of the pictures to build from, pixels."""
+    """Of the images to build from, pixels."""
     height: int = 384
-    """Of the pictures to build from, pixels."""
+    """Of the images to build from, pixels."""
     options: Annotated[BuildOptions, tyro.conf.arg(name="")] = field(default_factory=BuildOptions)
     """Of the build."""
 
@@ -75,7 +75,7 @@ def main() -> None:
         after = _plain(share, arguments.resolution, encoding)
     plain = 2 / (1 / before + 1 / after)
     workers = arguments.options.workers or num_cores()
-    print(f"{len(paths):,} pictures, {arguments.width}x{arguments.height} JPEG to {arguments.resolution} px", end=" ")
+    print(f"{len(paths):,} images, {arguments.width}x{arguments.height} JPEG to {arguments.resolution} px", end=" ")
     print(f"{arguments.options.encoding}, {workers} workers on {num_cores()} cores")
     print(f"build       {built:8.1f} img/s, all of it: listing, workers' start, tars, checksums, fsync")
     print(f"plain loop  {plain:8.1f} img/s ({before:.1f} before, {after:.1f} after)")
@@ -97,7 +97,7 @@ def _draw(folder: Path, arguments: Arguments) -> None:
 
 
 def _plain(paths: Sequence[Path], resolution: int, encoding: Encoding) -> float:
-    """Pictures a second of a loop as one would write it."""
+    """Images a second of a loop as one would write it."""
     start = time.perf_counter()
     for path in paths:
         image = Image.open(path).convert("RGB")

@@ -1,9 +1,9 @@
-"""Builds a shard set from a collection of pictures, or checks one.
+"""Builds a shard set from a collection of images, or checks one.
 
     python data_shards/build.py --kind folder --source ~/photos --out shards/mine --resolution 256
     python data_shards/build.py --verify shards/mine
 
-Stopped or killed, the same command goes on where it stood.
+Stopped or killed, the same command resumes where it stood.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Arguments(Generic[AnySource]):
     """What the command line says."""
 
     pictures: Annotated[AnySource, tyro.conf.arg(name="")]
-    """Where the pictures are from."""
+    """Where the images are from."""
     out: Path
     """Directory to make: tars, an index beside each, and manifest.json."""
     options: Annotated[BuildOptions, tyro.conf.arg(name="")]
@@ -81,7 +81,7 @@ def main() -> None:
     try:
         manifest = build(arguments.pictures, arguments.out, arguments.options, progress=True)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on from here\n")
+        sys.stderr.write("stopped; the same command resumes from here\n")
         sys.exit(130)
     print(f"{arguments.out}: {_summary(manifest)}")
 
@@ -93,7 +93,7 @@ def _kinds() -> str:
 def _summary(manifest: Manifest) -> str:
     mib = sum(shard.num_bytes for shard in manifest.shards) / 2**20
     parts = [
-        f"{manifest.num_samples:,} pictures of {manifest.resolution} px",
+        f"{manifest.num_samples:,} images of {manifest.resolution} px",
         f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) > 1)}, {mib:,.1f} MiB",
         f"{manifest.num_alphas:,} with alpha" + ("" if manifest.has_alpha or not manifest.num_alphas else " (not all)"),
         f"{manifest.num_upsampled:,} enlarged",

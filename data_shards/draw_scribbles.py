@@ -2,8 +2,8 @@
 
     python data_shards/draw_scribbles.py --out scribbles --resolution 32
 
-For each picture NAME.png and NAME.scribble.png: green on the creature, red on its shadow and on what is behind. It
-stands in for a person in the demonstration of `pipeline/train.py --scribbles`; on pictures of your own, draw yourself.
+For each image NAME.png and NAME.scribble.png: green on the creature, red on its shadow and on what is behind. It
+stands in for a person in the demonstration of `pipeline/train.py --scribbles`; on images of your own, draw yourself.
 """
 
 import sys
@@ -25,16 +25,16 @@ NUM_TRIED = 300
 """Strokes that are tried in a region; the longest is drawn."""
 
 SHORTEST = 0.12
-"""A stroke that cannot be so long is not drawn, in units of the picture's side."""
+"""A stroke that cannot be so long is not drawn, in units of the image's side."""
 
 WIDTH = 1 / 16
-"""Of a stroke, in units of the picture's side."""
+"""Of a stroke, in units of the image's side."""
 
 MIN_COVERAGE = 230
 """Of a pixel by what the stroke says of it, of 255."""
 
 MAX_LOOKED_AT = 100
-"""Pictures looked at for each one wanted: not every shadow has room for a stroke."""
+"""Images looked at for each one wanted: not every shadow has room for a stroke."""
 
 FOREGROUND, BACKGROUND = (0, 255, 0), (255, 0, 0)
 
@@ -48,11 +48,11 @@ class Arguments:
     out: Path
     """Directory to make."""
     count: int = 5
-    """Pictures to scribble on."""
+    """Images to scribble on."""
     resolution: int = 256
-    """Side of the pictures, that of the shards."""
+    """Side of the images, that of the shards."""
     seed: int = 0
-    """Of the shadows set; its first pictures are taken that have room for the strokes."""
+    """Of the shadows set; its first images are taken that have room for the strokes."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -70,10 +70,10 @@ def main() -> None:
 
 
 def draw_scribbles(arguments: Arguments) -> list[str]:
-    """Write the pictures and their strokes; returns their names.
+    """Write the images and their strokes; returns their names.
 
     Raises:
-        UserError: the resolution is impossible, or too few pictures have room for the strokes.
+        UserError: the resolution is impossible, or too few images have room for the strokes.
     """
     source = Shadows(resolution=arguments.resolution, seed=arguments.seed, num_images=arguments.count * MAX_LOOKED_AT)
     drawn: dict[str, tuple[Image.Image, Image.Image]] = {}
@@ -86,7 +86,7 @@ def draw_scribbles(arguments: Arguments) -> list[str]:
         if len(drawn) == arguments.count:
             break
     else:
-        raise UserError(f"only {len(drawn)} pictures have room for strokes; give a smaller --count")
+        raise UserError(f"only {len(drawn)} images have room for strokes; give a smaller --count")
     arguments.out.mkdir(parents=True)
     for name, (photo, scribble) in drawn.items():
         photo.save(arguments.out / f"{name}.png")

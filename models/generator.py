@@ -145,7 +145,7 @@ class FurryGenerator(nn.Module):
             z: ``[B, z_dim]`` standard normal.
             fade_in: gamma of Eq. 3.
             num_composites: make backgrounds and composites of this many first samples; all of them by default.
-            noise: ``[B, num_noise]`` standard normal; drawn anew by default.
+            noise: ``[B, num_noise]`` standard normal; drawn again by default.
             psi: truncation of both latents.
         """
         b = len(z) if num_composites is None else num_composites

@@ -280,7 +280,7 @@ def _empty(like: Tensor, channels: int, height: int, width: int, dtype: torch.dt
 def _strips(n: int, channels: int, height: int, width: int) -> tuple[tuple[int, int, int], dict[str, int]]:
     """Grid (blocks of a row, strips of rows, images) and block sizes.
 
-    Block sizes follow from the channels alone, and from few properties of them: Triton compiles each combination anew.
+    Block sizes follow from the channels alone, and from few properties of them: Triton compiles each combination again.
     """
     block_c = next((size for size in BLOCKS_C if channels % size == 0), BLOCKS_C[-1])
     block_w = BLOCK_ELEMENTS // block_c

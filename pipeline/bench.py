@@ -1,7 +1,7 @@
 """How fast a training step is, and how much of what the machine allows.
 
 python pipeline/bench.py                                             # the default run, on this machine
-python pipeline/bench.py --dataset ffhq --resolution 64 --batch 4    # the paper's networks, small pictures
+python pipeline/bench.py --dataset ffhq --resolution 64 --batch 4    # the paper's networks, small images
 python pipeline/bench.py --dataset ffhq --batch 16 64 --precision bf16 --no-reference --json bench.json      # on a GPU
 
 Prints while it measures: first our steps, what is cheap before what is not; then, on a GPU, their kernels; last a plain
@@ -30,7 +30,7 @@ from pipeline.training.learner import uses_graphs
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time training steps, and those of a plain reading of the papers.")
     parser.add_argument("--dataset", default="furballs", choices=PRESETS, help="preset whose networks to time")
-    parser.add_argument("--resolution", type=int, help="side of the pictures in pixels; the preset's by default")
+    parser.add_argument("--resolution", type=int, help="side of the images in pixels; the preset's by default")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes; the preset's by default")
     parser.add_argument(
         "--precision", nargs="+", default=["auto"], choices=("auto", "fp32", "bf16"), help="of our convolutions"
@@ -52,7 +52,7 @@ def _parse() -> argparse.Namespace:
         given = getattr(arguments, name)
         for number in given if isinstance(given, list) else [given]:
             if number is not None and number < 1:
-                raise UserError(f"--{name} {number} is impossible: give 1 or more")
+                raise UserError(f"--{name} {number} is invalid: give 1 or more")
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
     if arguments.device is None:

@@ -2,7 +2,7 @@
 
 python pipeline/segment.py PHOTO... --run runs/mine             by the distilled network, at the photo's own size
 python pipeline/segment.py project PHOTO... --run runs/mine     by projection into the generator's latent space
-python pipeline/segment.py compare --run runs/mine              all ways on pictures with true alpha, as a table
+python pipeline/segment.py compare --run runs/mine              all ways on images with ground-truth alpha, as a table
 """
 
 import sys
@@ -22,7 +22,7 @@ from pipeline.runs.reproducible import make_repeatable
 
 @dataclass(frozen=True)
 class Compare:
-    """Every way to segment, on real pictures with true alpha that the run has not seen: IoU, matting errors, time."""
+    """Every way to segment, on new images with ground-truth alpha: IoU, matting errors, time."""
 
     comparison: Annotated[Comparison, tyro.conf.arg(name="")]
     """What is compared, and on what."""

@@ -24,7 +24,7 @@ from pipeline.training.trainer import make_accelerator
 
 def main() -> None:
     """Train as the command line says."""
-    config = parse_config("Train FurryGAN: images and their alpha mattes, from pictures alone.")
+    config = parse_config("Train FurryGAN: images and their alpha mattes, from images alone.")
     accelerator = make_accelerator(config.collective_timeout_s)
     logging.basicConfig(
         level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s", force=True

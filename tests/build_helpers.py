@@ -49,7 +49,7 @@ def save(path: Path, pixels: Pixels, **options: Any) -> Path:
 
 
 def build_and_read(source: Source, out: Path, **options: Any) -> dict[str, Built]:
-    """All samples of a new set by the names of their pictures."""
+    """All samples of a new set by the names of their images."""
     build(source, out, BuildOptions(**options))
     return read(out)
 
@@ -108,7 +108,7 @@ def assert_resampled(actual: Pixels | None, square: Pixels, kernel: Kernel) -> N
 
 @dataclass(frozen=True, kw_only=True)
 class Deadly(Folder):
-    """A source with a picture that ends the process, as one does that needs more memory than there is."""
+    """A source with an image that ends the process, as one does that needs more memory than there is."""
 
     def read(self, reference: str) -> Picture:
         if reference == "0/003.png":

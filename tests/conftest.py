@@ -17,8 +17,8 @@ from models.discriminator import Discriminator
 from models.generator import FurryGenerator
 from models.widths import Widths
 
-# Containers often set this. The tests start hundreds of processes, and each would compile torch and all else anew: half
-# of the suite's time.
+# Containers often set this. The tests start hundreds of processes, and each would compile all modules again, which is
+# half of the suite's time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 RESOLUTION = 32

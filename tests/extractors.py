@@ -11,7 +11,7 @@ NUM_FEATURES = 24
 
 
 class TinyFeatures(FeatureExtractorBase):
-    """Two convolutions with fixed weights, averaged over the picture."""
+    """Two convolutions with fixed weights, averaged over the image."""
 
     def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
         super().__init__(name, features_list)

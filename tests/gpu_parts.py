@@ -176,7 +176,7 @@ def _chunks(images: Tensor, alphas: Tensor, device: torch.device) -> Iterable[tu
 def _generated(
     learner: Learner, config: Config, device: torch.device, images: Tensor, alphas: Tensor, fade_in: float
 ) -> MaskCounter:
-    """Masks of the average of G against a segmenter that is fitted on the true alphas."""
+    """Masks of the average of G against a segmenter that is fitted on the ground-truth alphas."""
     from pipeline.evaluation.segmenter import fit_segmenter
 
     num_steps = config.evaluation.segmenter_steps

@@ -35,10 +35,10 @@ def write_photo(path: Path, width: int, height: int, seed: int = 0) -> Path:
 
 
 def write_hostile(folder: Path) -> dict[str, Path]:
-    """No picture, half a picture, no content, and 20,000 px a side in a few bytes."""
+    """No image, half an image, no content, and 20,000 px a side in a few bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.png" for name in ("text", "truncated", "empty", "enormous")}
-    files["text"].write_text("not a picture")
+    files["text"].write_text("not an image")
     files["truncated"].write_bytes(write_photo(folder / "whole.jpg", 200, 200).read_bytes()[:1500])
     files["empty"].write_bytes(b"")
 

@@ -128,7 +128,7 @@ def _loader(config: Config, shard_set: ShardSet) -> Loader:
 
 
 class _Recording:
-    """A loader that remembers the numbers of the pictures that it gave."""
+    """A loader that remembers the numbers of the images that it gave."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

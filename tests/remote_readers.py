@@ -8,7 +8,7 @@ from data_shards.remote.cache import ShardCache
 
 
 def read_all(url: str, cache: ShardCache) -> str:
-    """Digest of all pictures of a set."""
+    """Digest of all images of a set."""
     shard_set = ShardSet.open(url, cache=cache)
     try:
         return hashlib.sha256(b"".join(map(shard_set.image_bytes, range(shard_set.num_samples)))).hexdigest()

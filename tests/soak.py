@@ -68,10 +68,10 @@ def main() -> None:
     if stopped is None:
         raise UserError(f"SIGTERM did not stop the run: see {killed / 'err'}")
     last = int(stopped[1])
-    starts = re.findall(r"going on at iteration (\d+)", told)
+    starts = re.findall(r"resuming at iteration (\d+)", told)
     print(f"trained     {last} iterations in {arguments.minutes:.0f} minutes")
     print(f"killed      {arguments.kills} ranks, {num_cut} of them while a checkpoint was half written")
-    print(f"went on at  {', '.join(starts)}")
+    print(f"resumed at  {', '.join(starts)}")
     problems = [*check_history(killed / "run", last), *check_checkpoints(killed / "run", last)]
     if arguments.verify_exact:
         with launched(arguments, whole, "--steps", str(last)) as process:

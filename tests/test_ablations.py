@@ -139,7 +139,7 @@ def _both(variant: Variant) -> tuple[FurryGenerator, Discriminator]:
 
 @every_variant
 def test_all_variants_make_the_same_foreground_of_the_same_latents_and_weights(variant: Variant) -> None:
-    """The noise of what is missing is left out in its place: rows of a picture grid can be compared."""
+    """The noise of what is missing is left out in its place: rows of an image grid can be compared."""
     full, other = make_generator(config_of(FULL)), make_generator(config_of(variant))
     other.load_state_dict(full.state_dict(), strict=variant.name != "no-fine-mask")
     assert other.num_noise == full.num_noise
@@ -171,7 +171,7 @@ def test_without_dual_fake_input_all_fakes_are_composites() -> None:
 
 @pytest.mark.parametrize("name", ["no-consistency", "no-mask-predictor"])
 def test_without_consistency_no_foreground_goes_through_the_discriminator_for_it(name: str) -> None:
-    """A weight of 0 is no term of value 0: the discriminator is spared half as many pictures again."""
+    """A weight of 0 is no term of value 0: the discriminator is spared half as many images again."""
     passes: list[int] = []
     step = make_step(config_of(named(name)))
     step.networks.discriminator.from_rgb.register_forward_hook(

@@ -1,4 +1,4 @@
-"""Checkpoints and pictures are written while training goes on: whole, in order, and with their errors told."""
+"""Checkpoints and images are written while training continues: whole, in order, and with their errors told."""
 
 import threading
 import time
@@ -77,7 +77,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     checkpoints = checkpoints_of(tmp_path)
     checkpoints.on_step(trainer_at(5, weight))
     assert list_checkpoints(tmp_path / "checkpoints") == []  # the disk is slow
-    weight.fill_(6.0)  # and training goes on
+    weight.fill_(6.0)  # and training continues
     gate.set()
     checkpoints.close()
     saved = load_checkpoint(checkpoint_path(tmp_path / "checkpoints", 5))

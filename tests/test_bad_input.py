@@ -143,7 +143,7 @@ def test_shards_of_another_resolution_are_one_line(cache: Path, tmp_path: Path) 
 def test_fewer_pictures_than_a_batch_are_one_line(tmp_path: Path) -> None:
     data = write_noise(tmp_path / "data", RESOLUTION, num=7)
     line = refused(train_in_process(tmp_path, *flags(TINY | {"data": data, "run_dir": "runs/x"})), tmp_path)
-    assert "7 pictures" in line and "batch of 8" in line
+    assert "7 images" in line and "batch of 8" in line
 
 
 LOADERS = ("dali", "webdataset")

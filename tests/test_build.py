@@ -1,4 +1,4 @@
-"""The builder: the same bytes however it is run, stopped and resumed, and every picture accounted for."""
+"""The builder: the same bytes however it is run, stopped and resumed, and every image accounted for."""
 
 import json
 import multiprocessing
@@ -65,7 +65,7 @@ def whole(rough: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
 @pytest.mark.parametrize("encoding", ["png", "jpeg", "webp"])
 def test_build_is_byte_identical(encoding: str, tmp_path: Path) -> None:
     source = Folder(source=write_pictures(tmp_path / "in", 40), resolution=RESOLUTION)
-    (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "in" / "broken.png").write_bytes(b"no image")
     built = []
     for workers in (1, 2):
         options = BuildOptions(encoding=encoding, workers=workers, max_skipped=0.1)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_order_is_shuffled_through_all_shards_by_the_seed(rough: Path, tmp_path:
         orders[seed] = list(build_and_read(source, tmp_path / str(seed), shard_mib=1))
     ascending = sorted(orders[0])
     assert sorted(orders[1]) == ascending and orders[0] != ascending and orders[0] != orders[1]
-    # A shuffle within a buffer would leave each picture near its place; a global one moves it by a third on average.
+    # A shuffle within a buffer would leave each image near its place; a global one moves it by a third on average.
     distance = np.mean([abs(ascending.index(name) - place) for place, name in enumerate(orders[0])])
     assert 14 < distance < 26
 
@@ -139,7 +139,7 @@ def test_small_pictures_are_counted(tmp_path: Path) -> None:
 
 
 def break_some(folder: Path) -> None:
-    (folder / "0" / "000.png").write_bytes(b"no picture")
+    (folder / "0" / "000.png").write_bytes(b"no image")
     cut = (folder / "1" / "001.png").read_bytes()
     (folder / "1" / "001.png").write_bytes(cut[: len(cut) // 2])
 
@@ -151,7 +151,7 @@ def test_broken_pictures_are_skipped_and_listed(tmp_path: Path) -> None:
     samples = build_and_read(source, tmp_path / "out", max_skipped=2 / 12)
     skipped = {picture.reference: picture.reason for picture in Manifest.read(tmp_path / "out").skipped}
     assert skipped.keys() == {"0/000.png", "1/001.png"} and len(samples) == 10
-    assert skipped["0/000.png"] == "it is no picture that Pillow knows" and "truncated" in skipped["1/001.png"]
+    assert skipped["0/000.png"] == "it is no image that Pillow knows" and "truncated" in skipped["1/001.png"]
     assert not skipped.keys() & samples.keys()
 
 
@@ -159,11 +159,11 @@ def test_too_many_broken_pictures_end_the_build_and_a_higher_limit_goes_on(tmp_p
     folder = write_pictures(tmp_path / "in")
     break_some(folder)
     source = Folder(source=folder, resolution=RESOLUTION)
-    with pytest.raises(UserError, match=r"2 of 12 pictures are broken, more than --max-skipped 0\.1 allows; .*\.png: "):
+    with pytest.raises(UserError, match=r"2 of 12 images are broken, more than --max-skipped 0\.1 allows; .*\.png: "):
         build(source, tmp_path / "out", BuildOptions(max_skipped=0.1))
     assert not (tmp_path / "out").exists()
     assert build(source, tmp_path / "out", BuildOptions(max_skipped=0.2)).num_samples == 10
-    with pytest.raises(UserError, match="all 1 pictures are broken"):
+    with pytest.raises(UserError, match="all 1 images are broken"):
         build(Folder(source=folder, max_images=1), tmp_path / "other", BuildOptions(max_skipped=1))
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
 
@@ -344,8 +344,8 @@ def test_build_goes_on_only_with_the_same_options(tmp_path: Path) -> None:
     folder, out = write_noise(tmp_path / "in", 30), tmp_path / "set"
     source = Folder(source=folder, resolution=BIG)
     last = list(build_and_read(source, tmp_path / "whole"))[-1]
-    (folder / last).write_bytes(b"no picture")
-    with pytest.raises(UserError, match="1 of 30 pictures are broken"):
+    (folder / last).write_bytes(b"no image")
+    with pytest.raises(UserError, match="1 of 30 images are broken"):
         build(source, out, BuildOptions(shard_mib=1, max_skipped=0))
     assert (tmp_path / "set.partial" / "000000.tar").exists()
     with pytest.raises(UserError, match=r"set\.partial was made with resolution 160, not 32; delete it"):
@@ -378,7 +378,7 @@ def save_and_stop(source: Folder, out: Path) -> None:
         mock.patch(
             "data_shards.building.builder.shard_name", side_effect=["000000.tar", OSError("No space left on device")]
         ),
-        pytest.raises(UserError, match=r"set cannot be written \(No space left on device\); .* to go on"),
+        pytest.raises(UserError, match=r"set cannot be written \(No space left on device\); .* to resume"),
     ):
         build(source, out, BuildOptions(shard_mib=1, workers=1))
 

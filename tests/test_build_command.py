@@ -33,17 +33,17 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(3):
         save(folder / "good" / f"{number}.png", noise(number, 20, 20))
         save(folder / "broken" / f"{number}.png", noise(number, 20, 20))
-    (folder / "broken" / "1.png").write_bytes(b"no picture")
+    (folder / "broken" / "1.png").write_bytes(b"no image")
     (folder / "empty").mkdir()
     (folder / "texts").mkdir()
-    (folder / "texts" / "a.txt").write_text("no picture")
+    (folder / "texts" / "a.txt").write_text("no image")
     with zipfile.ZipFile(folder / "good.zip", "w") as archive:
         archive.write(folder / "good" / "0.png", "0.png")
     (folder / "cut.zip").write_bytes((folder / "good.zip").read_bytes()[:-30])
     with zipfile.ZipFile(folder / "evil.zip", "w") as archive:
         archive.write(folder / "good" / "0.png", "../../evil.png")
     with zipfile.ZipFile(folder / "texts.zip", "w") as archive:
-        archive.writestr("a.txt", "no picture")
+        archive.writestr("a.txt", "no image")
     monkeypatch.chdir(folder)
     return folder
 
@@ -55,9 +55,9 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--out X", ("source",)),
         ("--source nowhere --out X", ("nowhere", "does not exist")),
         ("--source good.zip --out X", ("good.zip", "is a file", "--kind zip")),
-        ("--source empty --out X", ("empty", "holds no pictures")),
-        ("--source texts --out X", ("texts", "holds no pictures")),
-        ("--source broken --out X", ("1 of 3", "--max-skipped", "1.png", "no picture that Pillow knows")),
+        ("--source empty --out X", ("empty", "holds no images")),
+        ("--source texts --out X", ("texts", "holds no images")),
+        ("--source broken --out X", ("1 of 3", "--max-skipped", "1.png", "no image that Pillow knows")),
         ("--source good --out good.zip", ("good.zip", "not a shard set")),
         ("--source good --out X --resolution 0", ("--resolution 0",)),
         ("--source good --out X --resolution big", ("--resolution", "big")),
@@ -75,7 +75,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--kind zip --source good --out X", ("good", "is a folder", "--kind folder")),
         ("--kind zip --source nowhere.zip --out X", ("nowhere.zip", "does not exist")),
         ("--kind zip --source cut.zip --out X", ("cut.zip", "cannot be read as a zip", "fetch it again")),
-        ("--kind zip --source texts.zip --out X", ("texts.zip", "no pictures")),
+        ("--kind zip --source texts.zip --out X", ("texts.zip", "no images")),
         ("--kind zip --source evil.zip --out X", ("evil.zip", "outside itself")),
         ("--kind lmdb --source good --out X", ("good", "data.mdb")),
         ("--kind ffhq --source good --out X", ("good", "NNNNN.png")),
@@ -85,7 +85,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--kind compcars --source good --out X", ("image", "does not exist", "CompCars")),
         ("--kind celebamask --source good --out X", ("CelebAMask-HQ-mask-anno", "does not exist")),
         ("--kind cutouts --source good --out X", ("backgrounds",)),
-        ("--kind cutouts --source good --backgrounds empty --out X", ("empty", "no pictures")),
+        ("--kind cutouts --source good --backgrounds empty --out X", ("empty", "no images")),
         ("--kind cutouts --source good --backgrounds good --sizes 0.5 2 --out X", ("--sizes 0.5 2",)),
         ("--kind cutouts --source good --backgrounds good --num-images 0 --out X", ("--num-images 0",)),
         ("--kind furballs --resolution 16 --out X", ("--resolution 16", "32 to 512")),
@@ -112,9 +112,9 @@ def test_build_and_verify_say_what_was_made(inputs: Path, capsys: pytest.Capture
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (
         0,
-        "set: 2 pictures of 24 px; 1 shard, 0.0 MiB; 0 with alpha; 2 enlarged; 1 skipped (manifest.json says why)\n",
+        "set: 2 images of 24 px; 1 shard, 0.0 MiB; 0 with alpha; 2 enlarged; 1 skipped (manifest.json says why)\n",
     )
-    assert "skipped 1.png: it is no picture that Pillow knows" in err
+    assert "skipped 1.png: it is no image that Pillow knows" in err
     assert run(capsys, *arguments)[:2] == (0, out)
     code, verified, _ = run(capsys, "--verify", "set")
     assert (code, verified) == (0, out.replace("set:", "set is whole:"))
@@ -141,7 +141,7 @@ def test_command_runs_as_a_script_of_several_processes(inputs: Path) -> None:
         [sys.executable, command.__file__, *arguments], capture_output=True, text=True, check=False, timeout=100
     )
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("set: 80 pictures of 8 px; 1 shard")
+    assert ended.stdout.startswith("set: 80 images of 8 px; 1 shard")
     ended = subprocess.run(
         [sys.executable, command.__file__, "--source", "many", "--out", "set"],
         capture_output=True,

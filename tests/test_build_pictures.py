@@ -1,4 +1,4 @@
-"""From any picture file to 8-bit RGB and alpha: orientations, modes, depths, animations, and what is refused."""
+"""From any image file to 8-bit RGB and alpha: orientations, modes, depths, animations, and what is refused."""
 
 import io
 import struct
@@ -153,7 +153,7 @@ def test_mask_of_another_size_is_cropped_at_the_same_place() -> None:
     image = noise(2, 40, 60)
     sample, _ = fit(Picture(Image.fromarray(image), Image.fromarray(mask)), 10)
     assert_resampled(sample.alpha, mask[:, 5:25], triangle)
-    with pytest.raises(BrokenPictureError, match="its mask is of another shape: 20x30 px for a picture of 60x40 px"):
+    with pytest.raises(BrokenPictureError, match="its mask is of another shape: 20x30 px for an image of 60x40 px"):
         fit(Picture(Image.fromarray(image), Image.fromarray(mask.T)), 10)
 
 
@@ -162,9 +162,9 @@ def test_mask_of_another_size_is_cropped_at_the_same_place() -> None:
     [
         (None, (10, 0, 40)),
         ((20, 10, 30, 20), (19, 9, 12)),  # 10 px and a margin of 1 on each side
-        ((0, 0, 10, 10), (0, 0, 12)),  # moved into the picture
+        ((0, 0, 10, 10), (0, 0, 12)),  # moved into the image
         ((50, 35, 60, 40), (48, 28, 12)),
-        ((0, 5, 60, 15), (10, 0, 40)),  # wider than the picture is high
+        ((0, 5, 60, 15), (10, 0, 40)),  # wider than the image is high
         ((30, 30, 30, 30), (29, 29, 1)),
     ],
 )
@@ -184,15 +184,15 @@ def broken(kind: str) -> io.BytesIO:
         return stored(Image.fromarray(np.ones((4, 4), dtype=np.float32)), format="tiff")
     if kind == "int":
         return stored(Image.fromarray(np.full((4, 4), 70_000, dtype=np.int32)), format="tiff")
-    return io.BytesIO(b"" if kind == "empty" else b"no picture at all")
+    return io.BytesIO(b"" if kind == "empty" else b"no image at all")
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("empty", "no picture that Pillow knows"),
-        ("text", "no picture that Pillow knows"),
-        ("eps", "no picture that Pillow knows"),  # else Ghostscript would run on it
+        ("empty", "no image that Pillow knows"),
+        ("text", "no image that Pillow knows"),
+        ("eps", "no image that Pillow knows"),  # else Ghostscript would run on it
         ("jpeg", "truncated"),
         ("png", "truncated"),
         ("flipped", "."),

@@ -1,4 +1,4 @@
-"""Each kind of source: a small tree of its shape gives the right pictures, crops and masks."""
+"""Each kind of source: a small tree of its shape gives the right images, crops and masks."""
 
 import io
 import os
@@ -43,7 +43,7 @@ def test_folder_gives_all_pictures_of_all_subfolders(tmp_path: Path) -> None:
     save(tmp_path / "in" / os.fsdecode(b"caf\xe9.png"), wide)  # of another encoding than UTF-8
     save(tmp_path / "in" / ".hidden" / "x.png", wide)
     save(tmp_path / "in" / "._x.png", wide)
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
     built = build_and_read(Folder(source=tmp_path / "in", resolution=RESOLUTION), tmp_path / "out")
     assert sorted(built) == ["a/b/tall.webp", "a/tall.bmp", "caf\udce9.png", "wide.PNG", "é ü.tif"]
     for name, sample in built.items():
@@ -59,8 +59,8 @@ def test_zip_gives_what_its_folder_would(tmp_path: Path) -> None:
             pixels = noise(number, 20, 20 + number)
             save(tmp_path / "in" / "sub" / f"{number}.png", pixels)
             archive.writestr(f"sub/{number}.png", encoded(pixels, format="png"))
-        archive.writestr("readme.txt", "no picture")
-        archive.writestr("__MACOSX/sub/._0.png", "no picture")
+        archive.writestr("readme.txt", "no image")
+        archive.writestr("__MACOSX/sub/._0.png", "no image")
     from_zip = build_and_read(Zip(source=tmp_path / "in.zip", resolution=RESOLUTION), tmp_path / "zip")
     from_folder = build_and_read(Folder(source=tmp_path / "in", resolution=RESOLUTION), tmp_path / "folder")
     assert from_zip.keys() == from_folder.keys() == {f"sub/{number}.png" for number in range(3)}
@@ -191,7 +191,7 @@ def test_cub_crops_to_the_box_with_its_margin(tmp_path: Path) -> None:
     (tmp_path / "CUB_200_2011" / "segmentations").rename(tmp_path / "segmentations")
     source = Cub(source=tmp_path / "CUB_200_2011", crop="box", resolution=RESOLUTION)
     built = build_and_read(source, tmp_path / "out")
-    # Boxes of 20x15 px at (30, 6) and (50, 6): squares of 24 px about their centres, the second moved into the picture.
+    # Boxes of 20x15 px at (30, 6) and (50, 6): squares of 24 px about their centres, the second moved into the image.
     for name, left in zip(pictures, (28, 36), strict=True):
         image, mask = pictures[name]
         assert_resampled(built[name].image, image[1:25, left : left + 24], lanczos)

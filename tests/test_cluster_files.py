@@ -1,4 +1,4 @@
-"""The files of `cluster/` are read by what will read them, or held against its schema; none names what is not there."""
+"""The files of `cluster/` are parsed by the program that uses them, or validated by its schema."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Shard sets whose bytes were flipped, cut or cut off: a clear error or the right pictures, never anything else."""
+"""Shard sets whose bytes were flipped, cut or cut off: a clear error or the right images, never anything else."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def unlisted(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_epoch(directory: Path, *, verify: bool = True, kind: str = "webdataset") -> list[Batch]:
-    """All pictures, as training reads them."""
+    """All images, as training reads them."""
     shard_set = ShardSet.open(directory, resolution=RESOLUTION)
     loader = None
     try:
@@ -114,7 +114,7 @@ def test_damaged_set_is_refused_or_gives_the_right_pictures(name: str, whole: Pa
 def test_damaged_set_without_manifest_is_refused_or_gives_the_right_pictures(
     name: str, unlisted: Path, tmp_path: Path
 ) -> None:
-    """No digest tells: PNG's checksums, the tar's headers and its end must; a piece cut out of it may be a picture."""
+    """No digest tells: PNG's checksums, the tar's headers and its end must; a piece cut out of it may be an image."""
     broken = tmp_path / "set"
     shutil.copytree(unlisted, broken)
     name, _, without_index = name.partition(" ")

@@ -40,7 +40,7 @@ def test_command_prints_a_table_of_medians(
     monkeypatch.setattr(sys, "argv", ["bench.py", *sizes.split(), "--cache-dir", str(tmp_path)])
     bench.main()
     shown = capsys.readouterr().out
-    assert "16 pictures of 32 px, .png with alpha; batch 8, 1 threads" in shown
+    assert "16 images of 32 px, .png with alpha; batch 8, 1 threads" in shown
     for name in ("DALI, CPU", "webdataset, CPU", PLAIN):
         (row,) = re.findall(
             rf"^\| {re.escape(name)} \| (\d+) \| (\d+) \| (\d+) \| [\d.]+x \| \d+ \|$", shown, re.MULTILINE

@@ -1,4 +1,4 @@
-"""DeepSpeed trains what DDP trains, to checkpoints that either goes on with. Two real ranks, gloo."""
+"""DeepSpeed trains what DDP trains, to checkpoints that either resumes. Two real ranks, gloo."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `zero_worker.py` wrote. The run in ``run/``, begun by DDP on one rank, went on in it."""
+    """What `zero_worker.py` wrote. The run in ``run/``, begun by DDP on one rank, resumed in it."""
     out = tmp_path_factory.mktemp("zero")
     common = tiny(out, batch=16, steps=4, data=write_noise(out / "data", 32, num=64))
     assert train_in_process(out, *common, "--run-dir", "whole").code == 0
@@ -106,7 +106,7 @@ def test_two_ranks_of_zero_go_on_with_a_run_of_one_of_ddp_and_it_with_theirs(tra
     assert [row["iteration"] for row in training_rows(trained / "run")] == [1, 2, 3]
     outcome = train_in_process(trained, "--resume", "run", "--steps", "4", "--backend", "ddp", "--zero-stage", "0")
     assert outcome.code == 0, outcome.err
-    assert "going on at iteration 3" in outcome.err
+    assert "resuming at iteration 3" in outcome.err
     parts, whole = (load_checkpoint(checkpoint_path(trained / name / "checkpoints", 4)) for name in ("run", "whole"))
     assert_weights_alike(parts, whole)
 
@@ -124,7 +124,7 @@ def test_one_rank_needs_no_launcher_and_saves_when_it_is_told_to_stop(tmp_path: 
     on = ["--resume", "run", "--steps", str(iteration + 1), "--backend", "ddp", "--zero-stage", "0"]
     outcome = train_in_process(tmp_path, *on)
     assert outcome.code == 0, outcome.err
-    assert f"going on at iteration {iteration}" in outcome.err
+    assert f"resuming at iteration {iteration}" in outcome.err
 
 
 # --- what breaks ---

@@ -58,7 +58,7 @@ def sample(run: TrainedRun, seed: int, psi: float = 0.7) -> Any:
     return Sampler(run, seed=seed, psi=psi, noise_mode="random", batch=1).generate([0])
 
 
-# Generated pictures
+# Generated images
 
 
 def test_what_is_not_changed_is_the_first_sample_of_its_seed_to_the_bit(run: TrainedRun) -> None:
@@ -201,7 +201,7 @@ def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_network(MattingNetwork(32).eval(), cwd / "run" / "distilled" / "network.pt", {})
     write_photo(cwd / "photo.png", 150, 70)
     write_hostile(cwd / "hostile")
-    (cwd / "hostile" / "notes.txt").write_text("not a picture")
+    (cwd / "hostile" / "notes.txt").write_text("not an image")
     Image.new("1", (6000, 5000)).save(cwd / "hostile" / "large.png")
     return cwd
 
@@ -243,7 +243,7 @@ def client(address: str, tmp_path_factory: pytest.TempPathFactory) -> Client:
 
 
 def ask(client: Client, seed: int, **changes: Any) -> dict[str, bytes]:
-    """Files of the pictures, by their names."""
+    """Files of the images, by their names."""
     wanted = {"swapped": False, "background_seed": 1} | {**AS_MADE, "background_seed": 1} | changes
     files = client.predict(seed=seed, **wanted, api_name="/generate")
     return {name: Path(file).read_bytes() for name, file in zip(PICTURES, files, strict=True)}
@@ -289,9 +289,9 @@ def test_a_photo_comes_back_as_segment_writes_it(cwd: Path, client: Client) -> N
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("text.png", "text.png cannot be used: it is no picture"),
+        ("text.png", "text.png cannot be used: it is no image"),
         ("truncated.png", "truncated.png cannot be used: image file is truncated"),
-        ("empty.png", "empty.png cannot be used: it is no picture"),
+        ("empty.png", "empty.png cannot be used: it is no image"),
         ("enormous.png", "enormous.png cannot be used: it has more than 89.5 million pixels"),
         ("large.png", "large.png is of 6,000 x 5,000 px"),
         ("notes.txt", "Invalid file type"),

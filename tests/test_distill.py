@@ -1,4 +1,4 @@
-"""Distillation: what the network is taught, how pictures are spoilt for it, and what becomes of a photo of any size."""
+"""Distillation: what the network is taught, how images are spoilt for it, and what becomes of a photo of any size."""
 
 from itertools import islice, repeat
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_sharpening_halves_the_temperature_and_moves_neither_the_sure_nor_the_un
 
 
 def test_real_pictures_come_with_what_network_and_mask_predictor_say_of_them(run: TrainedRun) -> None:
-    """Moved as the picture is: on a picture that is its own alpha, all three stay together."""
+    """Moved as the image is: on an image that is its own alpha, all three stay together."""
     images = torch.full((4, 3, 32, 32), -1.0)
     images[:, :, 8:20, 8:24] = 1.0
 

@@ -59,7 +59,7 @@ def test_evaluation_again_writes_the_same_bytes(cwd: Path) -> None:
 
 
 def test_two_ranks_measure_the_same_as_one(cwd: Path) -> None:
-    """Without the statistics of real pictures that one rank left in the cache."""
+    """Without the statistics of real images that one rank left in the cache."""
     for path in results_cache(cwd):
         path.unlink()
     arguments = (*SMALL, *FEATURES, "--image-metrics", "fid", "kid", "prc", "--out", "two")
@@ -100,7 +100,7 @@ def fidelity(cwd: Path, one: str, other: str) -> dict[str, float]:
         "import extractors, torch_fidelity.registry as r; from torch_fidelity.fidelity import main;"
         "r.register_feature_extractor('tiny', extractors.TinyFeatures); main()"
     )
-    # The default of KID, subsets of 1,000 pictures, is more than there are.
+    # The default of KID, subsets of 1,000 images, is more than there are.
     arguments = f"--input1 {one} --input2 {other} --fid --kid --prc --kid-subset-size {NUM_SAMPLES} --rng-seed 0"
     how = "--cpu --json --feature-extractor tiny --no-cache --save-cpu-ram"
     done = subprocess.run(
@@ -159,7 +159,7 @@ def test_without_weights_and_network_all_else_is_measured_and_one_line_says_so(
     outcome = evaluate_in_process(cwd, *SMALL, "--out", "offline")
     assert outcome.code == 0, outcome.err
     told = [line for line in outcome.err.splitlines() if "--inception-weights FILE" in line]
-    assert len(told) == 1 and told[0].startswith("no FID, KID or other distance of pictures:")
+    assert len(told) == 1 and told[0].startswith("no FID, KID or other distance of images:")
     assert "Traceback" not in outcome.err
     tree, whole = results(cwd / "offline"), results(cwd / "one")
     assert tree["features"] is None and "--inception-weights" in tree["features_missing"]
@@ -224,7 +224,7 @@ def test_pseudo_truth_by_alpha_without_alpha_is_one_line(cwd: Path) -> None:
     for spec in ("alpha", "fitted"):
         outcome = evaluate_in_process(cwd, *SMALL, "--data", str(data), "--pseudo-gt", spec)
         assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
-        assert "needs true alpha" in outcome.errors[0]
+        assert "needs ground-truth alpha" in outcome.errors[0]
 
 
 def test_pictures_are_read_in_order_and_not_mirrored(cache: Path) -> None:

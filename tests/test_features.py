@@ -1,4 +1,4 @@
-"""Distances between sets of pictures: equal to torch-fidelity's, near 0 for one set, growing as pictures get worse."""
+"""Distances between sets of images: equal to torch-fidelity's, near 0 for one set, growing as images get worse."""
 
 from pathlib import Path
 from unittest import mock

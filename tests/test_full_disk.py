@@ -1,4 +1,4 @@
-"""A disk that takes no more: what is there stays whole, the run says so in a line, and goes on or ends as configured.
+"""A disk that takes no more: what is there stays whole, the run says so in a line, and continues or ends as configured.
 
 The kernel says no: to files beyond a size (RLIMIT_FSIZE), and to a full file system where the tests may mount one.
 """
@@ -115,8 +115,8 @@ def test_run_goes_on_and_saves_again_when_there_is_room(tmp_path: Path, caplog: 
         callback._background.wait()
     (line,) = caplog.messages
     directory = tmp_path / "checkpoints"
-    assert line.startswith(f"{checkpoint_path(directory, 2)} cannot be written: File too large: training goes on")
-    with pytest.raises(UserError, match=f"make room, and go on .* --resume {tmp_path}$"):
+    assert line.startswith(f"{checkpoint_path(directory, 2)} cannot be written: File too large: training continues")
+    with pytest.raises(UserError, match=f"make room, and resume .* --resume {tmp_path}$"):
         callback.refuse_unsaved()
     callback.on_step(trainer_at(3, "continue"))
     callback.close()
@@ -136,7 +136,7 @@ def test_run_stops_at_the_next_step_if_it_shall(tmp_path: Path) -> None:
     assert {path.name for path in list_checkpoints(tmp_path / "checkpoints")} == {"checkpoint-000000001.pt"}
 
 
-# --- rows and pictures ---
+# --- rows and images ---
 
 
 def tracked(run_dir: Path, on_save_error: str = "continue") -> RunTracker:
@@ -235,7 +235,7 @@ def test_run_on_a_full_disk_trains_to_its_end_says_so_and_is_resumed(
     (error,) = outcome.errors
     last = checkpoint_path(run_dir / "checkpoints", 4)
     assert error.startswith(f"error: {last} cannot be written: No space left on device; make room")
-    assert outcome.err.count("No space left on device: training goes on") >= 2
+    assert outcome.err.count("No space left on device: training continues") >= 2
     assert "Traceback" not in outcome.err and outcome.out == ""
     assert [row["iteration"] for row in training_rows(run_dir)] == [1, 2, 3, 4]
     assert not list((run_dir / "checkpoints").iterdir()) and not (run_dir / "summary.json").exists()

@@ -51,8 +51,8 @@ def test_a_fresh_process_draws_the_same_bytes() -> None:
 
 
 def test_every_machine_draws_the_same_bytes() -> None:
-    # Pinned, because numbers of trainings on furballs compare between machines and months only if the pictures do.
-    # A failure means either that the look was changed (then say so in the commit, and pin anew: results change too)
+    # Pinned, because numbers of trainings on furballs compare between machines and months only if the images do.
+    # A failure means either that the look was changed (then say so in the commit, and pin again: results change too)
     # or that a machine or a version of numpy or Pillow draws differently (then the drawing must be made robust).
     drawn = [furballs.draw(i, seed=i % 2, resolution=r) for i, r in enumerate((32, 64, 128, 256))]
     assert digest(*drawn) == DIGEST_OF_FOUR

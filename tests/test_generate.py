@@ -73,7 +73,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def cell(grid: Image.Image, row: int, column: int, *, rows: int, columns: int) -> NDArray[np.float64]:
-    """A picture of a one-panel grid, in its own resolution: panels fill the lower right corner."""
+    """An image of a one-panel grid, in its own resolution: panels fill the lower right corner."""
     x, y = grid.width - (columns - column) * PITCH, grid.height - (rows - row) * PITCH
     step = CELL // RESOLUTION
     return np.asarray(grid.crop((x, y, x + CELL, y + CELL)), np.float64)[::step, ::step]

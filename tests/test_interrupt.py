@@ -1,4 +1,4 @@
-"""A run that is told to stop saves, says so, ends with the code of the signal, and goes on without a difference."""
+"""A run that is told to stop saves, says so, ends with the code of the signal, and resumes without a difference."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def saved_state(cwd: Path, outcome: Outcome, name: str) -> int:
     directory = cwd / "run" / "checkpoints"
     (path,) = list_checkpoints(directory)
     iteration = int(load_checkpoint(path)["iteration"])
-    expected = f"{name}: stopped after iteration {iteration}, saved in run/checkpoints; go on with --resume run"
+    expected = f"{name}: stopped after iteration {iteration}, saved in run/checkpoints; resume with --resume run"
     assert outcome.err.count(expected) == 1
     assert "Traceback" not in outcome.err.split(expected)[0]
     assert [row["iteration"] for row in training_rows(cwd / "run")] == list(range(1, iteration + 1))

@@ -1,4 +1,4 @@
-"""The loaders: the same pictures in the same order for any number of ranks and either library, resumable exactly."""
+"""The loaders: the same images in the same order for any number of ranks and either library, resumable exactly."""
 
 import gc
 import io
@@ -31,7 +31,7 @@ KINDS = ("dali", "webdataset")
 
 @pytest.fixture(scope="module")
 def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardSet]:
-    """Pictures of noise whose red channel is their alpha."""
+    """Images of noise whose red channel is their alpha."""
     images = np.random.default_rng(0).integers(256, size=(NUM_SAMPLES, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
     out = tmp_path_factory.mktemp("shards") / "set"
     samples = (Sample(image, image[..., 0].copy()) for image in images)
@@ -101,7 +101,7 @@ def test_batch_that_does_not_divide_is_refused() -> None:
 
 
 def test_set_smaller_than_a_batch_is_refused() -> None:
-    with pytest.raises(UserError, match="the set has 7 pictures, fewer than one global batch of 8"):
+    with pytest.raises(UserError, match="the set has 7 images, fewer than one global batch of 8"):
         BatchOrder(7, global_batch=8, seed=0, flip=True)
 
 
@@ -251,7 +251,7 @@ def test_every_sample_once_per_epoch(kind: LoaderKind, num_shards: int, world_si
 
 
 def write_numbered(out: Path, num_samples: int, num_shards: int) -> None:
-    """Each picture has its number for a colour."""
+    """Each image has its number for a colour."""
     images = [np.full((RESOLUTION, RESOLUTION, 3), number, np.uint8) for number in range(num_samples)]
     per_shard = -(-num_samples // num_shards)
     write_shards(map(Sample, images), out, resolution=RESOLUTION, source={}, samples_per_shard=per_shard)
@@ -553,7 +553,7 @@ def test_picture_that_dali_alone_cannot_decode_is_one_line(tmp_path: Path) -> No
     pytest.importorskip("nvidia.dali")
     files = {"png": png_of(noise(RESOLUTION))[:-20], "json": b"{}"}
     write_encoded_shards([files] * 8, tmp_path / "set", resolution=RESOLUTION, source={})
-    with pytest.raises(UserError, match=r"DALI cannot decode a picture of .*/set that Pillow can; rebuild"):
+    with pytest.raises(UserError, match=r"DALI cannot decode an image of .*/set that Pillow can; rebuild"):
         next(loader_of(ShardSet.open(tmp_path / "set"), "dali", with_alpha=False))
 
 

@@ -217,7 +217,7 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else training would go on from an older one."""
+    """Else training would resume from an older one."""
     torch.save({"iteration": 1}, tmp_path / "checkpoint.pt")
     monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**60))
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):

@@ -1,4 +1,4 @@
-"""The projector: its parts against slow references, and that it finds pictures whose styles exist."""
+"""The projector: its parts against slow references, and that it finds images whose styles exist."""
 
 import math
 from dataclasses import replace
@@ -97,7 +97,7 @@ def test_noise_maps_stay_standardised_and_are_optimised(run: TrainedRun, monkeyp
 
 def test_autocorrelation_equals_loops_over_pixels(generator: FurryGenerator) -> None:
     noise = torch.randn(2, generator.num_noise)
-    noise[1] = noise[1].cumsum(0) / 50  # a picture
+    noise[1] = noise[1].cumsum(0) / 50  # an image
     found = noise_autocorrelation(generator, noise)
     for sample in range(2):
         expected = 0.0

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def furball_pairs(num: int, resolution: int) -> tuple[Tensor, Tensor]:
-    """Pictures in [-1, 1] and true alpha."""
+    """Images in [-1, 1] and ground-truth alpha."""
     samples = [draw(i, seed=0, resolution=resolution) for i in range(num)]
     images = torch.stack([torch.tensor(s.image).permute(2, 0, 1).float() / 127.5 - 1 for s in samples])
     alphas = torch.stack([torch.tensor(s.alpha)[None].float() / 255 for s in samples if s.alpha is not None])
@@ -36,7 +36,7 @@ class Seen(nn.Module):
 
 
 class Bright(nn.Module):
-    """A face parser of 19 classes: background where the picture is dark, class 5 where it is bright."""
+    """A face parser of 19 classes: background where the image is dark, class 5 where it is bright."""
 
     def forward(self, x: Tensor) -> Tensor:
         logits = torch.zeros(x.shape[0], 19, x.shape[2], x.shape[3])
@@ -63,7 +63,7 @@ def test_networks_get_pictures_of_their_size_normalised_by_imagenet(kind: str, t
             return torch.zeros(x.shape[0], 19, self.size, self.size)
 
     colour = torch.tensor([0.2, 0.4, 0.8])
-    given = colour / 0.8 if kind.startswith("u2net") else colour  # its authors scale each picture to a maximum of 1
+    given = colour / 0.8 if kind.startswith("u2net") else colour  # its authors scale each image to a maximum of 1
     expected = ((given - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD))[:, None, None]
     path = scripted(Check(PRESETS[kind].size, expected), tmp_path / "check.pt")
     _, network = load_segmentation(f"{kind}={path}", CPU)
@@ -104,7 +104,7 @@ def u2netp() -> Path:
 
 
 def test_u2netp_finds_furballs_as_its_authors_recipe_does() -> None:
-    """A real salient-object network, on pictures unlike any it has seen, several of them though its batch is 1."""
+    """A real salient-object network, on images unlike any it has seen, several of them though its batch is 1."""
     images, alphas = furball_pairs(4, 128)
     name, network = load_segmentation(f"u2netp={u2netp()}", CPU)
     masks = network(images)

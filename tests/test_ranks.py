@@ -122,7 +122,7 @@ def test_one_rank_goes_on_with_the_run_of_two(two: tuple[Path, Outcome], cache: 
     shutil.copytree(two[0], tmp_path / "run")
     outcome = train_in_process(tmp_path, "--resume", "run", "--steps", str(STEPS + 1))
     assert outcome.code == 0, outcome.err
-    assert f"going on at iteration {STEPS}" in outcome.err
+    assert f"resuming at iteration {STEPS}" in outcome.err
     assert [row["iteration"] for row in training_rows(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 

@@ -1,4 +1,4 @@
-"""Shard sets on URLs: the same pictures as on disk, through a bounded cache, whatever the network does."""
+"""Shard sets on URLs: the same images as on disk, through a bounded cache, whatever the network does."""
 
 import functools
 import multiprocessing

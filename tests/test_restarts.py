@@ -47,7 +47,7 @@ def test_rank_that_does_not_come_is_named() -> None:
 def test_killed_rank_is_started_again_and_the_run_goes_on_in_its_directory(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    """No --run-dir is given: a new one by the time of day would begin anew."""
+    """No --run-dir is given: a new one by the time of day would begin again."""
     arguments = tiny(
         shard_cache(tmp_path_factory),
         steps=STEPS,
@@ -72,7 +72,7 @@ def test_killed_rank_is_started_again_and_the_run_goes_on_in_its_directory(
     told = (tmp_path / "err").read_text()
     assert code == 0, told
     (run_dir,) = runs.iterdir()
-    assert f"of {run_dir.relative_to(tmp_path)}" in told.split("going on at iteration ")[1]
+    assert f"of {run_dir.relative_to(tmp_path)}" in told.split("resuming at iteration ")[1]
     assert [row["iteration"] for row in training_rows(run_dir)] == list(range(1, STEPS + 1))
     saved = [load_checkpoint(path)["iteration"] for path in list_checkpoints(run_dir / "checkpoints")]
     assert saved == list(range(STEPS, 0, -4))

@@ -113,7 +113,7 @@ def test_resume_is_exact(whole: Path, cache: Path, tmp_path: Path) -> None:
     assert first.code == 0, first.err
     second = train_in_new_process(tmp_path, "--resume", "parts", "--steps", "8")
     assert second.code == 0, second.err
-    assert "going on at iteration 4" in second.err
+    assert "resuming at iteration 4" in second.err
     parts = tmp_path / "parts"
 
     assert_same_bits(final_state(parts), final_state(whole))
@@ -136,7 +136,7 @@ def test_resume_at_an_odd_step_is_exact(iteration: int, whole: Path, tmp_path: P
     run_dir = interrupted(whole, tmp_path, iteration)
     outcome = train_in_process(tmp_path, "--resume", str(run_dir))
     assert outcome.code == 0, outcome.err
-    assert f"going on at iteration {iteration}" in outcome.err
+    assert f"resuming at iteration {iteration}" in outcome.err
     assert_same_bits(final_state(run_dir), final_state(whole))
     assert list(map(of_the_seed, rows(run_dir))) == list(map(of_the_seed, rows(whole)))
 
@@ -175,7 +175,7 @@ def test_killed_run_goes_on_without_gap_or_repetition(cache: Path, tmp_path: Pat
 
     outcome = train_in_process(tmp_path, *again(reached + 6))
     assert outcome.code == 0, outcome.err
-    assert f"going on at iteration {reached}" in outcome.err
+    assert f"resuming at iteration {reached}" in outcome.err
     assert [row["iteration"] for row in training_rows(run_dir)] == list(range(1, reached + 7))
     assert [row["images_seen"] for row in training_rows(run_dir)] == [i * BATCH for i in range(1, reached + 7)]
     masks = [row["iteration"] for row in rows(run_dir) if "mask/miou" in row]
@@ -190,7 +190,7 @@ def test_damaged_newest_checkpoint_falls_back_and_says_so(damage: bytes, whole: 
     outcome = train_in_process(tmp_path, "--resume", str(run_dir))
     assert outcome.code == 0, outcome.err
     assert [line for line in outcome.err.splitlines() if str(newest) in line and "trying the one before" in line]
-    assert "going on at iteration 6" in outcome.err
+    assert "resuming at iteration 6" in outcome.err
     assert_same_bits(final_state(run_dir), final_state(whole))
     assert list(map(of_the_seed, rows(run_dir))) == list(map(of_the_seed, rows(whole)))
 
@@ -268,7 +268,7 @@ def test_same_run_dir_goes_on_as_resume_does(whole: Path, cache: Path, tmp_path:
     run_dir = interrupted(whole, tmp_path, 5)
     outcome = train_in_process(tmp_path, *arguments(cache, steps=8, run_dir=run_dir))
     assert outcome.code == 0, outcome.err
-    assert "going on at iteration 5" in outcome.err
+    assert "resuming at iteration 5" in outcome.err
     assert_same_bits(final_state(run_dir), final_state(whole))
 
 

@@ -1,4 +1,4 @@
-"""Sample grids: a row for each kind of picture, a column for each latent, a label for each row."""
+"""Sample grids: a row for each kind of image, a column for each latent, a label for each row."""
 
 from collections.abc import Iterator
 
@@ -75,7 +75,7 @@ def test_every_row_has_a_label_on_its_left(grid: Image.Image) -> None:
             y = bottom - (len(ROWS) - row) * PITCH
             label = pixels[y : y + CELL, :left] < 128
             assert 20 < label.sum() < label.size / 4, ROWS[row]
-            assert not label[:, -MARGIN:].any()  # it does not touch the pictures
+            assert not label[:, -MARGIN:].any()  # it does not touch the images
             labels.append(label)
         assert all(not np.array_equal(a, b) for i, a in enumerate(labels) for b in labels[:i])
         assert (pixels[bottom - grid.height // 2 : bottom - len(ROWS) * PITCH, left:] < 128).any()  # psi

@@ -39,7 +39,7 @@ def scribbled(num: int, resolution: int = RESOLUTION) -> Scribbled:
     strokes = torch.zeros(num, 2, resolution, resolution)
     for number in range(num):
         strokes[number, 0, 3 + number, 4 : 12 + number] = 1
-        if number != 1:  # one picture has no background stroke
+        if number != 1:  # one image has no background stroke
             strokes[number, 1, 20:25, 2 + number] = 1
     return Scribbled(images, strokes)
 
@@ -92,14 +92,14 @@ def spoil_nothing_drawn(folder: Path) -> None:
 
 SPOILT: dict[str, tuple[Any, tuple[str, ...]]] = {
     "no scribble": (lambda f: (f / "a.scribble.png").unlink(), ("no NAME.scribble.png",)),
-    "unknown picture": (lambda f: (f / "a.png").rename(f / "z.png"), ("a.scribble.png", "belongs to no picture")),
+    "unknown image": (lambda f: (f / "a.png").rename(f / "z.png"), ("a.scribble.png", "belongs to no image")),
     "nothing drawn": (spoil_nothing_drawn, ("a.scribble.png", "no green and no red")),
     "strokes of another size": (
         lambda f: painted().resize((16, 16), 0).save(f / "a.scribble.png"),
         ("a.scribble.png", "16x16", "32x32"),
     ),
-    "picture of another size": (lambda f: Image.new("RGB", (64, 32)).save(f / "a.png"), ("a.png", "64x32", "32x32")),
-    "broken strokes": (lambda f: (f / "a.scribble.png").write_bytes(b"x"), ("a.scribble.png", "no picture")),
+    "image of another size": (lambda f: Image.new("RGB", (64, 32)).save(f / "a.png"), ("a.png", "64x32", "32x32")),
+    "broken strokes": (lambda f: (f / "a.scribble.png").write_bytes(b"x"), ("a.scribble.png", "no image")),
 }
 
 
@@ -122,7 +122,7 @@ def refused(outcome: Outcome, run_dir: Path) -> str:
 
 def test_command_ends_with_one_line_before_it_makes_anything(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for folder, word in (("nowhere", "does not exist"), ("empty", "no pictures")):
+    for folder, word in (("nowhere", "does not exist"), ("empty", "no images")):
         outcome = train_in_process(tmp_path, *tiny(cache, run_dir="run", scribbles=folder))
         assert word in refused(outcome, tmp_path / "run")
 
@@ -211,7 +211,7 @@ def test_pictures_take_turns_each_time_moved_and_tinted_anew() -> None:
     given = scribbled(3)
     taken = given.taken(range(2, 8), seed=1, mirror=True)
     assert torch.equal(given.taken([4], seed=1, mirror=True).images, taken.images[2:3])  # a function of the number
-    assert not torch.equal(taken.images[0], taken.images[3])  # the same picture, another time
+    assert not torch.equal(taken.images[0], taken.images[3])  # the same image, another time
     assert not torch.equal(given.taken([2], seed=2, mirror=True).images, taken.images[:1])
     assert not torch.equal(taken.strokes, given.strokes[[2, 0, 1, 2, 0, 1]])
 

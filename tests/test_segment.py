@@ -115,9 +115,9 @@ def test_what_is_there_is_not_overwritten(cwd: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("text", "no picture"),
+        ("text", "no image"),
         ("truncated", "truncated"),
-        ("empty", "no picture"),
+        ("empty", "no image"),
         ("enormous", "more than 89.5 million pixels"),
     ],
 )
@@ -167,13 +167,13 @@ def test_comparison_has_a_row_for_every_way(cwd: Path) -> None:
         "mask predictor, upsampled",
         "distilled network",
         "brightness (supervised elsewhere)",
-        "the same network on true alpha",
+        "the same network on ground-truth alpha",
     ]
     for figures in ways.values():
         assert 0 <= figures["iou_fg"] <= 1 and figures["sad"] > 0 and figures["seconds_per_photo"] > 0
-    assert ways["distilled network"]["sad"] != ways["the same network on true alpha"]["sad"]
+    assert ways["distilled network"]["sad"] != ways["the same network on ground-truth alpha"]["sad"]
     assert picture(cwd / "run" / "comparison" / "comparison.png").shape[0] > 8 * 100  # two rows and one for each way
-    assert "4 real pictures of 32 px that the run has not seen" in outcome.out
+    assert "4 real images of 32 px that are new to the run" in outcome.out
 
 
 def test_compared_pictures_are_not_those_of_the_training(cwd: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -199,7 +199,7 @@ def test_compared_pictures_are_not_those_of_the_training(cwd: Path, tmp_path_fac
         ("project photos --run run --lpips-backbone none.pth", ("none.pth does not exist",)),
         ("compare --run nowhere", ("nowhere", "not a run directory")),
         ("compare --run run --count 0", ("--count 0",)),
-        ("compare --run run --out other --data plain", ("plain has no true alpha",)),
+        ("compare --run run --out other --data plain", ("plain has no ground-truth alpha",)),
         ("compare --run run --out other --yardsticks u2netp", ("--yardsticks u2netp", "FILE")),
     ],
 )

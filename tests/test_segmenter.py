@@ -175,7 +175,7 @@ def test_real_images_are_those_of_the_shards_with_their_alphas(tmp_path: Path) -
 
 
 def test_pictures_larger_than_the_segmenters_can_be_measured(tmp_path: Path) -> None:
-    """The discriminator takes pictures of one size alone: those of the run."""
+    """The discriminator takes images of one size alone: those of the run."""
     shard_set, config = write_discs(tmp_path / "data", 8, 256), config_of(tmp_path / "cache", 256)
     truth = prepare_pseudo_truth(shard_set, config, CPU, progress=False)
     discriminator = Discriminator(256, Widths(1024, 16))

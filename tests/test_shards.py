@@ -109,10 +109,10 @@ def test_digest_tells_content_not_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ([], "no pictures"),
+        ([], "no images"),
         ([*make_samples(2), *make_samples(1, resolution=8)], r"\[8, 8, 3\]"),
-        ([*make_samples(2), *make_samples(1, alpha=False)], "picture 2 has no alpha"),
-        ([*make_samples(1, alpha=False), *make_samples(1)], "picture 1 has an alpha"),
+        ([*make_samples(2), *make_samples(1, alpha=False)], "image 2 has no alpha"),
+        ([*make_samples(1, alpha=False), *make_samples(1)], "image 1 has an alpha"),
     ],
     ids=["none", "other size", "alpha lacks", "alpha extra"],
 )
@@ -169,7 +169,7 @@ def test_broken_set_is_refused_by_name(tmp_path: Path, breakage: str) -> None:
 
 
 def test_other_resolution_is_refused_with_both_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"set holds pictures of 16 px, not 32 px"):
+    with pytest.raises(UserError, match=r"set holds images of 16 px, not 32 px"):
         ShardSet.open(write(tmp_path / "set"), resolution=32)
 
 
@@ -224,7 +224,7 @@ def test_index_of_another_tar_is_refused(tmp_path: Path) -> None:
 
 
 def test_extension_that_matches_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"set holds no picture \.png, \.jpg, .*, only \.cls, \.bmp"):
+    with pytest.raises(UserError, match=r"set holds no image \.png, \.jpg, .*, only \.cls, \.bmp"):
         ShardSet.open(write_foreign(tmp_path / "set", extension="bmp"))
 
 

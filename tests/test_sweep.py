@@ -150,13 +150,13 @@ def test_weights_are_handed_over_to_a_trial_with_other_parameters(
     monkeypatch.setattr(tune, "report", carry)
     trial._reporter(plan, tmp_path / "trial-a")({"mask/miou": 0.5})
     monkeypatch.setattr(tune, "get_checkpoint", lambda: carried[0])
-    assert trial._take_over(tmp_path / "trial-a", "a") == tmp_path / "trial-a"  # its own: it just goes on
+    assert trial._take_over(tmp_path / "trial-a", "a") == tmp_path / "trial-a"  # its own: it just resumes
     taken = trial._take_over(trial.newest_run_dir(tmp_path, "b"), "b")
     assert taken == trial.newest_run_dir(tmp_path, "b") == tmp_path / "trial-b-2"
     assert trial._take_over(tmp_path / "trial-b-2", "b") == tmp_path / "trial-b-3"
 
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(config_to_dict(plan.config({"loss.r1": 7.0}, taken))))
     outcome = train_in_process(tmp_path, "--config", "b.yaml")
-    assert outcome.code == 0 and "going on at iteration 4" in outcome.err, outcome.err
+    assert outcome.code == 0 and "resuming at iteration 4" in outcome.err, outcome.err
     assert [row["iteration"] for row in rows(taken) if "loss/d_main_adversarial" in row] == [5, 6]
     assert load_config(taken / "config.yaml")["loss"]["r1"] == 7.0

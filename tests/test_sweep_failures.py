@@ -58,7 +58,7 @@ def test_a_trial_whose_process_dies_goes_on_from_its_checkpoint(cwd: Path) -> No
         assert process.returncode == 0, (cwd / "err").read_text()
     (record,) = read_records(trials)
     log = (trials / record.run_dir / "trial.log").read_text()
-    assert record.outcome == "finished" and "going on at iteration" in log
+    assert record.outcome == "finished" and "resuming at iteration" in log
 
 
 def test_infeasible_resources_end_at_once_with_one_line(cwd: Path) -> None:

@@ -68,4 +68,4 @@ def test_training_goes_on_where_the_trace_cannot_be_written(cache: Path, tmp_pat
     (tmp_path / "run" / "trace-3.json.gz").mkdir(parents=True)
     outcome = train_in_process(tmp_path, *tiny(cache, run_dir="run", log={"profile_at": 3}))
     assert outcome.code == 0, outcome.err
-    assert "training goes on without the trace" in outcome.err and "trained 4 iterations" in outcome.out
+    assert "training continues without the trace" in outcome.err and "trained 4 iterations" in outcome.out

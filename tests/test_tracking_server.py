@@ -1,4 +1,4 @@
-"""MLflow's server may be away whenever it likes: training goes on, and in the end nothing is missing or there twice."""
+"""While MLflow's server is away, training continues; in the end nothing is missing, and nothing is there twice."""
 
 import itertools
 import json
@@ -68,7 +68,7 @@ def tracked(config: Config, run_dir: Path, iteration: int = 0) -> RunTracker:
 
 
 def log(tracker: RunTracker, iterations: range) -> None:
-    """Rows of two kinds, some with what is not finite, and a picture now and then."""
+    """Rows of two kinds, some with what is not finite, and an image now and then."""
     for i in iterations:
         seen = {"iteration": i, "images_seen": i * BATCH}
         tracker.log_metrics({"loss/a": 1.0 / i, "mask/area": math.nan if i % 5 == 0 else 0.1 * i}, **seen)
@@ -122,7 +122,7 @@ def assert_mirrored(
 ) -> None:
     """Every point once, and everything else.
 
-    A picture and its small copy are two requests of MLflow. Where an answer to the first is lost, both are sent again.
+    An image and its small copy are two requests of MLflow. Where an answer to the first is lost, both are sent again.
     """
     client, run = the_run(server, run_dir, config.log.experiment)
     assert stored(client, run) == points(rows(run_dir))
@@ -148,7 +148,7 @@ def test_server_that_comes_late_gets_everything(
     tracker.close("FINISHED", SUMMARY)
     assert_mirrored(server, tmp_path / "run", config)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert f"MLflow at {cable.url} does not answer (Connection refused): training goes on" in warning
+    assert f"MLflow at {cable.url} does not answer (Connection refused): training continues" in warning
 
 
 def test_server_that_is_away_in_the_middle_gets_everything(
@@ -181,7 +181,7 @@ def test_server_that_is_away_at_the_end_gets_everything_by_resume(
     cable.pull()
     log(tracker, range(8, 11))
     tracker.close("FINISHED", SUMMARY)
-    missed = "4 rows of metrics and 1 picture and the end of the run"
+    missed = "4 rows of metrics and 1 image and the end of the run"
     assert f"MLflow at {cable.url} has not got {missed}" in caplog.text
     assert caplog.text.splitlines()[-1].endswith(f"python pipeline/train.py --resume {tmp_path / 'run'}")
     assert the_run(server, tmp_path / "run", config.log.experiment)[1].info.status == "RUNNING"
@@ -260,7 +260,7 @@ def test_run_without_its_server_is_whole_and_resume_sends_it(
     assert alone.code == 0, alone.err
     first, last = told(alone)
     assert "does not answer (Connection refused)" in first
-    assert re.search(r"has not got 5 rows of metrics and 1 picture and the end of the run .* --resume run$", last)
+    assert re.search(r"has not got 5 rows of metrics and 1 image and the end of the run .* --resume run$", last)
     assert alone.out.splitlines()[-1].split() == ["compare", "runs", cable.url]
     summary = (tmp_path / "run" / "summary.json").read_text()
     before = rows(tmp_path / "run")
@@ -268,7 +268,7 @@ def test_run_without_its_server_is_whole_and_resume_sends_it(
     cable.plug()
     resumed = train_in_process(tmp_path, "--resume", "run")
     assert resumed.code == 0, resumed.err
-    assert told(resumed) == [f"MLflow at {cable.url} has got what it had missed: 5 rows of metrics and 1 picture"]
+    assert told(resumed) == [f"MLflow at {cable.url} has got what it had missed: 5 rows of metrics and 1 image"]
     assert rows(tmp_path / "run") == before
     config = config_from_dict(load_config(tmp_path / "run" / "config.yaml"))
     assert_mirrored(server, tmp_path / "run", config)

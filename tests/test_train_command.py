@@ -265,7 +265,7 @@ def test_every_preset_trains(dataset: str, tmp_path: Path) -> None:
 
 
 def test_larger_pictures_with_alpha_train(tmp_path: Path) -> None:
-    """At 256 px, the paper's size, the segmenter looks at smaller pictures than the discriminator."""
+    """At 256 px, the paper's size, the segmenter looks at smaller images than the discriminator."""
     data = write_noise(tmp_path / "data", 256, with_alpha=True, num=8)
     overrides = {
         **{"dataset": "ffhq", "data": data, "cache_dir": tmp_path / "cache", "run_dir": "run", "steps": 1},

@@ -140,5 +140,5 @@ def test_node_that_vanishes_is_named_by_the_other_which_ends(lost: int, cache: P
     assert code != 0
     assert errors == [
         f"error: rank {survivor}: rank {lost} ({socket.gethostname()}) lost: nothing heard for 5 s, so the machine or "
-        "its network is gone; every rank ends, and the last checkpoint is whole: go on from there"
+        "its network is gone; every rank ends, and the last checkpoint is whole: resume from there"
     ]

@@ -76,7 +76,7 @@ def test_score_is_the_product_of_the_parts_there_are() -> None:
 def test_parts_are_those_of_the_generated_samples(
     cache: Path, generator: FurryGenerator, discriminator: Discriminator
 ) -> None:
-    """Against all samples at once, and the real pictures read as they lie in the shards."""
+    """Against all samples at once, and the real images read as they lie in the shards."""
     with_shards = ShardSet.open(furballs(cache), resolution=generator.resolution)
     judge = UnlabelledJudge(with_shards, 3, torch.device("cpu"))
     parts = judge.measure(generator, discriminator, fade_in=0.5)

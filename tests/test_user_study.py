@@ -313,7 +313,7 @@ SERVE = "serve --images photos --method-a ours=full --method-b theirs=empty --an
         (("ours=full", "ours=nowhere"), ("nowhere", "does not exist")),
         (("ours=full", "theirs=full"), ("both named theirs",)),
         (("--images photos", "--images others"), ("no file name in common", "others")),
-        (("--images photos", "--images broken"), ("broken/cat1.png", "no picture")),
+        (("--images photos", "--images broken"), ("broken/cat1.png", "no image")),
         (("ours=full", "ours=small"), ("small/cat2.png", "12x8", "6x8")),
         (("ours=full", "ours=labels"), ("labels/cat0.png", "0 and 1")),
         (("ours=full", "ours=double"), ("cat0.jpg", "cat0.png", "keep one")),
@@ -334,7 +334,7 @@ def test_mistake_is_one_line(
     for name in ("others", "broken", "small", "labels", "double"):
         (folders / name).mkdir()
     Image.new("RGB", (12, 8)).save("others/dog.png")
-    Path("broken/cat1.png").write_bytes(b"no picture")
+    Path("broken/cat1.png").write_bytes(b"no image")
     Image.new("L", (6, 8)).save("small/cat2.png")
     Image.new("L", (12, 8), 1).save("labels/cat0.png")
     for extension in ("png", "jpg"):
@@ -352,7 +352,7 @@ def test_answers_to_another_study_are_not_mixed_in(folders: Path, capsys: pytest
         assert code == 2 and "another study" in err and word in err
     Image.new("L", (12, 8), 7).save("full/cat3.png")
     code, _, err = run(capsys, *SERVE.split())
-    assert code == 2 and "other pictures" in err
+    assert code == 2 and "other images" in err
     assert len(Answers.open(Path("s.sqlite")).rows()) == 1
 
 

@@ -4,7 +4,7 @@ Real processes, gloo; `rank_records.py` is what they do. Sums are taken in anoth
 a GAN is chaotic: at the paper's learning rate of 2e-3 a difference in the last bit grows by a factor of 2 to 3 a step,
 in whatever way it came about (micro-batches on one rank will do), until after 40 steps it is 1e-3 of the weights. The
 tests of 4 steps in `test_ranks.py` have that learning rate. The 40 steps here are small ones, of 3e-5; and since they
-move the weights by 1e-3 of their norm or less, the difference is also held against how far they moved.
+move the weights by 1e-3 of their norm or less, the difference is also compared with how far they moved.
 """
 
 import subprocess

@@ -1,7 +1,7 @@
-"""Builds a shard set from a source: shuffled, in parallel, and able to go on wherever it was stopped.
+"""Builds a shard set from a source: shuffled, in parallel, and able to resume wherever it was stopped.
 
 A build fills ``OUT.partial`` and gives it the name ``OUT`` at its end. After each shard, ``progress.json`` says which
-pictures are done; a build that was killed goes on from there, with the same bytes as one that was not.
+images are done; a build that was killed resumes from there, with the same bytes as one that was not.
 """
 
 import fcntl
@@ -56,16 +56,16 @@ _MIN_IMAGES_PER_WORKER = 32  # below, a worker's start costs more than it saves
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How pictures become shards."""
+    """How images become shards."""
 
     encoding: EncodingName = "png"
-    """Of the pictures: png and webp are lossless, webp is smaller and faster to build, jpeg is a third of the size."""
+    """Of the images: png and webp are lossless, webp is smaller and faster to build, jpeg is a third of the size."""
     jpeg_quality: int = 95
     """95 to 100."""
     shard_mib: int = 256
     """Greatest size of a tar, MiB."""
     max_skipped: float = 0.01
-    """Greatest share of the pictures that may be broken: more end the build."""
+    """Greatest share of the images that may be broken: more end the build."""
     workers: int | None = None
     """Processes that decode, resize and encode; one per core where not given. The bytes do not depend on it."""
 
@@ -85,20 +85,20 @@ class BuildOptions:
 
 
 def build(source: Source, out: Path, options: BuildOptions = BuildOptions(), *, progress: bool = False) -> Manifest:
-    """Build the shard set `out`, or go on with it.
+    """Build the shard set `out`, or resume a build of it.
 
     The bytes depend on the source, its options, the encoding and the size of shards, and on the versions of Pillow and
     its codecs; not on the number of workers, nor on how often the build was stopped. Called with several workers from a
     script, the script's own code must stand under ``if __name__ == "__main__"``, as its workers are spawned.
 
     Args:
-        source: where the pictures are from, with seed and resolution.
+        source: where the images are from, with seed and resolution.
         out: directory to make; its parents are made too. A set that is there already and is the same stays.
         options: how to make it.
-        progress: whether to show a bar, and each skipped picture, on stderr.
+        progress: whether to show a bar, and each skipped image, on stderr.
 
     Raises:
-        UserError: the source is unusable, too many pictures are broken, `out` is something else, another process builds
+        UserError: the source is unusable, too many images are broken, `out` is something else, another process builds
             it, or it cannot be written.
     """
     _check_out(out)
@@ -118,15 +118,15 @@ def build(source: Source, out: Path, options: BuildOptions = BuildOptions(), *, 
             return manifest
     except BrokenProcessPool:
         problem = "a worker was killed, perhaps for want of memory"
-        raise UserError(f"{problem}; run the same command again to go on, with fewer --workers") from None
+        raise UserError(f"{problem}; run the same command again to resume, with fewer --workers") from None
     except OSError as error:
         problem = f"{out} cannot be written ({one_line(error)})"
-        raise UserError(f"{problem}; mend that, and run the same command again to go on") from None
+        raise UserError(f"{problem}; mend that, and run the same command again to resume") from None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one picture: its files, or the reason why there are none."""
+    """What became of one image: its files, or the reason why there are none."""
 
     reference: str
     files: EncodedSample | None = None
@@ -135,7 +135,7 @@ class Outcome:
 
 
 def prepare(reference: str, *, source: Source, image_encoding: Encoding) -> Outcome:
-    """Read, crop, resize and encode one picture."""
+    """Read, crop, resize and encode one image."""
     try:
         picture = source.read(reference)
         sample, is_upsampled = fit(picture, source.resolution)
@@ -202,7 +202,7 @@ def _recipe(source: Source, references: Sequence[str], options: BuildOptions) ->
 
 @dataclass
 class _Progress:
-    """What the finished shards hold. Of the shuffled pictures, those before `position` are done."""
+    """What the finished shards hold. Of the shuffled images, those before `position` are done."""
 
     position: int = 0
     num_samples: int = 0
@@ -249,7 +249,7 @@ class _Build:
         ):
             self._write(done, outcomes, bar)
         if not done.num_samples:
-            raise UserError(f"all {len(self.references)} pictures are broken, the first: {_skip_line(done.skipped[0])}")
+            raise UserError(f"all {len(self.references)} images are broken, the first: {_skip_line(done.skipped[0])}")
         manifest = Manifest(
             version=MANIFEST_VERSION,
             num_samples=done.num_samples,
@@ -290,7 +290,7 @@ class _Build:
     def _check_skipped(self, done: _Progress) -> None:
         if len(done.skipped) > self.options.max_skipped * len(self.references):
             raise UserError(
-                f"{len(done.skipped)} of {len(self.references)} pictures are broken, more than"
+                f"{len(done.skipped)} of {len(self.references)} images are broken, more than"
                 f" --max-skipped {self.options.max_skipped:g} allows; the last: {_skip_line(done.skipped[-1])};"
                 " remove or mend them, or raise --max-skipped to leave them out"
             )

@@ -28,7 +28,7 @@ def furballs_shards(
     Args:
         root: directory of shard sets; this one is ``furballs-v{VERSION}-{resolution}px-{num_images}-seed{seed}`` in
             it.
-        resolution: side of the pictures, pixels.
+        resolution: side of the images, pixels.
         num_images: how many.
         seed: of the drawing.
         num_workers: processes that draw; None: one per core, fewer for a small set.

@@ -32,7 +32,7 @@ EncodingName = Literal["png", "jpeg", "webp"]
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures are encoded.
+    """How images are encoded.
 
     Attributes:
         extension: of the files, without a dot.
@@ -56,7 +56,7 @@ WEBP = Encoding("webp", {"format": "webp", "lossless": True, "quality": 0, "meth
 
 
 def encoding_named(name: EncodingName, jpeg_quality: int = MIN_JPEG_QUALITY) -> Encoding:
-    """The encoding of pictures by its name: PNG and WebP are lossless, JPEG keeps colours at full resolution.
+    """The encoding of images by its name: PNG and WebP are lossless, JPEG keeps colours at full resolution.
 
     Raises:
         UserError: the quality is outside 95 to 100: a generator would learn the blocks of less.
@@ -69,7 +69,7 @@ def encoding_named(name: EncodingName, jpeg_quality: int = MIN_JPEG_QUALITY) -> 
 
 
 def encode_sample(sample: Sample, *, resolution: int, image_encoding: Encoding = PNG) -> EncodedSample:
-    """Encode one sample: the picture (RGB), ``json``, and ``alpha.png`` (8-bit grey) where it has an alpha.
+    """Encode one sample: the image (RGB), ``json``, and ``alpha.png`` (8-bit grey) where it has an alpha.
 
     Raises:
         UserError: image or alpha is not 8-bit of side `resolution`, pixels.
@@ -90,7 +90,7 @@ class ShardWriter:
     """One tar in the making, as a context: it gets its name when it is whole and on the disk, or never.
 
     Attributes:
-        num_samples: pictures in it so far.
+        num_samples: images in it so far.
         num_bytes: size of these in the tar.
     """
 
@@ -149,11 +149,11 @@ def write_shards(
     """Write samples as the shard set `out`: whole, or not at all.
 
     Args:
-        samples: pictures of one size, all with an alpha or all without.
+        samples: images of one size, all with an alpha or all without.
         out: directory to make; its parents are made too.
-        resolution: side of every picture, pixels.
+        resolution: side of every image, pixels.
         source: JSON-serialisable facts on how the set is made, for the manifest.
-        samples_per_shard: pictures per tar; the last one may hold fewer.
+        samples_per_shard: images per tar; the last one may hold fewer.
 
     Raises:
         UserError: `out` exists, there are no samples, or they are inconsistent.
@@ -183,11 +183,11 @@ def write_encoded_shards(
                 for number, files in chain([first], islice(numbered, samples_per_shard - 1)):
                     if (ALPHA_EXTENSION in files) != has_alpha:
                         has, other = ("no alpha", "has one") if has_alpha else ("an alpha", "has none")
-                        raise UserError(f"picture {number} has {has} where picture 0 {other}; give all one, or none")
+                        raise UserError(f"image {number} has {has} where image 0 {other}; give all one, or none")
                     shard.add(number, files)
                 shards.append(shard.finish())
         if not shards:
-            raise UserError(f"no pictures for {out}: the source yields none; choose another source")
+            raise UserError(f"no images for {out}: the source yields none; choose another source")
         num_samples = sum(shard.num_samples for shard in shards)
         manifest = Manifest(
             version=MANIFEST_VERSION,
@@ -206,6 +206,6 @@ def write_encoded_shards(
 def _check(what: str, array: NDArray[np.uint8], shape: tuple[int, ...]) -> None:
     if array.shape != shape or array.dtype != np.uint8:
         raise UserError(
-            f"a picture's {what} is {array.dtype} {list(array.shape)} in a set of uint8 {list(shape)};"
+            f"an image's {what} is {array.dtype} {list(array.shape)} in a set of uint8 {list(shape)};"
             " resize it or leave it out"
         )

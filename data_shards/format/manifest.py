@@ -20,7 +20,7 @@ class ShardRecord:
 
     Attributes:
         name: file name, without a directory.
-        num_samples: pictures in it.
+        num_samples: images in it.
         num_bytes: size of the tar.
         sha256: of the whole tar, hexadecimal.
     """
@@ -33,7 +33,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class SkippedPicture:
-    """One picture of the source that is in no shard.
+    """One image of the source that is in no shard.
 
     Attributes:
         reference: its name in the source.
@@ -50,17 +50,17 @@ class Manifest:
 
     Attributes:
         version: of this format; `MANIFEST_VERSION` is the only one understood.
-        num_samples: pictures in all shards.
-        resolution: side of every picture, pixels.
-        image_extension: of the pictures, without a dot: ``"png"``, ``"jpg"`` or ``"webp"``.
+        num_samples: images in all shards.
+        resolution: side of every image, pixels.
+        image_extension: of the images, without a dot: ``"png"``, ``"jpg"`` or ``"webp"``.
         has_alpha: whether every sample has an ``alpha.png``.
-        source: JSON-serialisable facts on where the pictures are from.
+        source: JSON-serialisable facts on where the images are from.
         shards: the tars in reading order.
-        channels: of every picture.
-        preparation: JSON-serialisable facts on how the pictures were cropped, resized and encoded.
+        channels: of every image.
+        preparation: JSON-serialisable facts on how the images were cropped, resized and encoded.
         num_alphas: samples that have an ``alpha.png``.
-        num_upsampled: pictures that had to be enlarged.
-        skipped: pictures of the source that are in no shard.
+        num_upsampled: images that had to be enlarged.
+        skipped: images of the source that are in no shard.
     """
 
     version: int

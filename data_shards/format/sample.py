@@ -1,4 +1,4 @@
-"""What a source of pictures yields and a shard holds."""
+"""What a source of images yields and a shard holds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One picture, square, with its true alpha where the source has one.
+    """One image, square, with its ground-truth alpha where the source has one.
 
     Attributes:
         image: ``[H, W, 3]`` uint8 RGB.
         alpha: ``[H, W]`` uint8, 255 where the foreground is opaque; None where the source has none.
-        metadata: JSON-serialisable facts about the picture.
+        metadata: JSON-serialisable facts about the image.
     """
 
     image: NDArray[np.uint8]

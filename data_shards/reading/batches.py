@@ -1,4 +1,4 @@
-"""The contract of a loader: endless batches of pictures, the same for DALI and webdataset, resumable at any step."""
+"""The contract of a loader: endless batches of images, the same for DALI and webdataset, resumable at any step."""
 
 from abc import ABC, abstractmethod
 from collections import deque
@@ -24,7 +24,7 @@ Work = TypeVar("Work")
 
 @dataclass(frozen=True, eq=False)
 class EncodedBatch:
-    """The files of one rank's pictures of one step.
+    """The files of one rank's images of one step.
 
     Attributes:
         images: encoded.
@@ -41,7 +41,7 @@ class EncodedBatch:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One rank's pictures of one step, the caller's to keep.
+    """One rank's images of one step, the caller's to keep.
 
     Attributes:
         images: ``[B, 3, R, R]`` float32 in [-1, 1], on the loader's device.
@@ -129,7 +129,7 @@ class OrderedLoader(ABC, Generic[Work]):
             if state.get(name) != value:
                 raise UserError(
                     f"the loader's state is of other data: its {name} is {state.get(name)}, but {value}"
-                    f" with {self._shard_set.root}; go on with what the run began with, or start a new run"
+                    f" with {self._shard_set.root}; resume with what the run began with, or start a new run"
                 )
         self._stop()
         self._next_step = int(state["step"])
@@ -190,7 +190,7 @@ class OrderedLoader(ABC, Generic[Work]):
 
 
 def check_size(shard_set: ShardSet, sample: int, height: int, width: int) -> None:
-    """Check a decoded picture's size, pixels.
+    """Check a decoded image's size, pixels.
 
     Raises:
         UserError: it is not that of the set.

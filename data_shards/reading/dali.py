@@ -64,7 +64,7 @@ class DaliLoader(OrderedLoader[_Input]):
                 if "fn.decoders" not in str(error):
                     raise
                 raise UserError(
-                    f"DALI cannot decode a picture of {self._shard_set.root} that Pillow can;"
+                    f"DALI cannot decode an image of {self._shard_set.root} that Pillow can;"
                     " rebuild the set, or choose the webdataset loader"
                 ) from error
             batch = in_work.popleft()
@@ -114,7 +114,7 @@ class DaliLoader(OrderedLoader[_Input]):
         side = self._shard_set.resolution
         padding = _NVJPEG_BYTES_PER_PIXEL * side * side
         return options | {
-            # Memory for pictures of this size, from the start: else it grows, with a stop, and DALI reserves 24 MB a
+            # Memory for images of this size, from the start: else it grows, with a stop, and DALI reserves 24 MB a
             # thread, whatever the size.
             "bytes_per_sample_hint": channels * side * side,
             "device_memory_padding": padding,
@@ -125,7 +125,7 @@ class DaliLoader(OrderedLoader[_Input]):
         }
 
     def _name_broken_picture(self, batches: Iterable[EncodedBatch]) -> None:
-        """Raise the `UserError` that DALI's own message is not: it does not tell which picture it cannot decode."""
+        """Raise the `UserError` that DALI's own message is not: it does not tell which image it cannot decode."""
         for batch in batches:
             for contents in filter(None, (batch.images, batch.alphas)):
                 for index, content in zip(batch.indices, contents, strict=True):

@@ -31,12 +31,12 @@ def make_loader(
     Args:
         kind: ``"auto"`` is DALI where it is installed, else webdataset.
         shard_set: what to read; stays the caller's to close.
-        global_batch: pictures per step over all ranks, a multiple of ``4 * world_size``.
+        global_batch: images per step over all ranks, a multiple of ``4 * world_size``.
         rank: 0 to ``world_size - 1``.
         world_size: ranks.
         seed: of order and flips, the same on all ranks.
-        flip: whether to flip each picture horizontally with probability 1/2.
-        with_alpha: whether to deliver the true alphas.
+        flip: whether to flip each image horizontally with probability 1/2.
+        with_alpha: whether to deliver the ground-truth alphas.
         device: where the batches go.
         num_threads: that decode.
 
@@ -46,7 +46,7 @@ def make_loader(
             smaller than one global batch.
     """
     if with_alpha and not shard_set.has_alpha:
-        raise UserError(f"{shard_set.root} has no alphas; choose a set with true alphas, or load it without")
+        raise UserError(f"{shard_set.root} has no alphas; choose a set with ground-truth alphas, or load it without")
     order = BatchOrder(
         shard_set.num_samples,
         global_batch=global_batch,

@@ -1,11 +1,11 @@
-"""Which pictures each rank sees at each step: pure functions of seed, step, rank and world size.
+"""Which images each rank sees at each step: pure functions of seed, step, rank and world size.
 
-The whole set is shuffled at once. One that is too large to be at hand whole is shuffled by windows: its shards, and
-then the samples of a few shards together, before those of the next few. Pictures of different windows do not meet in
+The whole set is shuffled at once. One that is too large to be available whole is shuffled by windows: its shards, and
+then the samples of a few shards together, before those of the next few. Images of different windows do not meet in
 that epoch, which matters little where the shards themselves were filled in random order.
 
 Nothing is shuffled in a buffer and nothing depends on what was read before, so that a run can be resumed at any step,
-on any number of ranks, and sees the same pictures.
+on any number of ranks, and sees the same images.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from data_shards.errors import UserError
 
-GROUP_SIZE = 4  # pictures per minibatch-stddev group
+GROUP_SIZE = 4  # images per minibatch-stddev group
 
 
 def rank_slots(global_batch: int, rank: int, world_size: int) -> NDArray[np.int64]:
@@ -41,7 +41,7 @@ def rank_slots(global_batch: int, rank: int, world_size: int) -> NDArray[np.int6
 
 @dataclass(frozen=True)
 class ShardWindows:
-    """How a set is shuffled that is too large to be at hand whole: its shards, then the samples of a few of them.
+    """How a set is shuffled that is too large to be available whole: its shards, then the samples of a few of them.
 
     Attributes:
         sizes: samples of each shard.
@@ -58,7 +58,7 @@ class EpochOrder:
 
     Attributes:
         permutation: ``[num_samples]``, the samples' numbers by position.
-        flips: ``[num_samples]``, whether the picture at a position is flipped.
+        flips: ``[num_samples]``, whether the image at a position is flipped.
         windows: the shards of each window, in turn; none where the whole set is shuffled at once.
         ends: ``[num_windows]``, the position after each window's last.
     """
@@ -111,11 +111,11 @@ class BatchOrder:
 
         Args:
             num_samples: in the set.
-            global_batch: pictures per step, over all ranks.
+            global_batch: images per step, over all ranks.
             rank: 0 to ``world_size - 1``.
             world_size: ranks.
             seed: of order and flips, non-negative.
-            flip: whether to flip horizontally, each picture with probability 1/2 in each epoch.
+            flip: whether to flip horizontally, each image with probability 1/2 in each epoch.
             windows: of the shuffle; None: the whole set at once.
 
         Raises:
@@ -125,7 +125,7 @@ class BatchOrder:
         self._slots = rank_slots(global_batch, rank, world_size)
         if num_samples < global_batch:
             raise UserError(
-                f"the set has {num_samples} pictures, fewer than one global batch of {global_batch};"
+                f"the set has {num_samples} images, fewer than one global batch of {global_batch};"
                 " choose a smaller batch or a larger set"
             )
         self.num_samples = num_samples

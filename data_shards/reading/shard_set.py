@@ -38,10 +38,10 @@ class ShardSet:
 
     Attributes:
         root: the directory or URL.
-        num_samples: pictures in all shards.
-        resolution: side of the pictures, pixels.
+        num_samples: images in all shards.
+        resolution: side of the images, pixels.
         has_alpha: whether every sample has an alpha.
-        image_extension: of the pictures, without a dot.
+        image_extension: of the images, without a dot.
         digest: hexadecimal; equal for sets of equal content, wherever they lie.
         windows: how it is to be shuffled where it is larger than the cache it is fetched into; else None.
     """
@@ -89,17 +89,17 @@ class ShardSet:
         """Open a set of shards and check all that a training run can check before it starts.
 
         In a directory, ``manifest.json`` and ``.idx`` files are used where they are. Without them, any directory of
-        WebDataset tars will do: its tars are walked, and its resolution is that of its first picture. On a URL there
+        WebDataset tars will do: its tars are walked, and its resolution is that of its first image. On a URL there
         must be a manifest, which the tars are checked against as they are fetched.
 
         Args:
             location: directory that holds ``*.tar``, or its URL.
-            resolution: the side that the pictures must have, pixels; None: any.
+            resolution: the side that the images must have, pixels; None: any.
             cache: where the tars of a URL go; needed for those alone.
 
         Raises:
-            UserError: the directory or a tar is missing, empty, truncated or inconsistent, holds no pictures, or holds
-                pictures of another resolution; the URL cannot be read.
+            UserError: the directory or a tar is missing, empty, truncated or inconsistent, holds no images, or holds
+                images of another resolution; the URL cannot be read.
         """
         directory = local_directory(location)
         if directory is not None:
@@ -110,7 +110,7 @@ class ShardSet:
         if resolution is not None and shard_set.resolution != resolution:
             shard_set.close()
             raise UserError(
-                f"{location} holds pictures of {shard_set.resolution} px, not {resolution} px;"
+                f"{location} holds images of {shard_set.resolution} px, not {resolution} px;"
                 " choose another set, or build one of that resolution"
             )
         if shard_set.windows is None:
@@ -199,7 +199,7 @@ class ShardSet:
         return [self._content(sample, *place) for sample, place in zip(samples, ranges, strict=True)]
 
     def image_bytes(self, sample: int) -> bytes:
-        """The encoded picture of a sample."""
+        """The encoded image of a sample."""
         return self.read(sample, self.image_extension)
 
     def alpha_bytes(self, sample: int) -> bytes:
@@ -297,8 +297,8 @@ class ShardSet:
             if extension in found:
                 return extension
         raise UserError(
-            f"{self.root} holds no picture .{', .'.join(IMAGE_EXTENSIONS)}, only .{', .'.join(samples[0])};"
-            " name the pictures so, or choose another set"
+            f"{self.root} holds no image .{', .'.join(IMAGE_EXTENSIONS)}, only .{', .'.join(samples[0])};"
+            " name the images so, or choose another set"
         )
 
     def _measure(self) -> int:
@@ -308,9 +308,9 @@ class ShardSet:
             with Image.open(io.BytesIO(self.image_bytes(0))) as image:
                 width, height = image.size
         except UnidentifiedImageError:
-            raise UserError(f"{self.location(0)}: .{self.image_extension} is no picture; rebuild the set") from None
+            raise UserError(f"{self.location(0)}: .{self.image_extension} is no image; rebuild the set") from None
         if width != height:
-            raise UserError(f"{self.location(0)} is {width}x{height} px, not square; build a set of square pictures")
+            raise UserError(f"{self.location(0)} is {width}x{height} px, not square; build a set of square images")
         return width
 
     def _digest(self) -> str:

@@ -29,7 +29,7 @@ def verify(directory: Path, *, progress: bool = False) -> Manifest:
     problems = [f"{shard.name} {problem}" for shard in shards if (problem := _problem(directory, shard))]
     num_samples = sum(shard.num_samples for shard in manifest.shards)
     if num_samples != manifest.num_samples:
-        problems.append(f"{MANIFEST_NAME} counts {manifest.num_samples} pictures where its shards hold {num_samples}")
+        problems.append(f"{MANIFEST_NAME} counts {manifest.num_samples} images where its shards hold {num_samples}")
     if problems:
         raise UserError(f"{directory} is not what was built: {'; '.join(problems)}; delete it and build it again")
     return manifest

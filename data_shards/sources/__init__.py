@@ -1,1 +1,1 @@
-"""Where pictures come from: one file per kind of source."""
+"""Where images come from: one file per kind of source."""

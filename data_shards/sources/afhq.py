@@ -29,7 +29,7 @@ class Afhq(Source):
         """See `Source.references`: ``train/cat/NAME.png``."""
         splits = ("test", "train") if self.split == "all" else (self.split,)
         folders = [f"{split}/{self.category}" for split in splits]
-        remedy = "give the folder that holds train/cat, or --kind folder for pictures in another order"
+        remedy = "give the folder that holds train/cat, or --kind folder for images in another order"
         return [
             f"{folder}/{name}"
             for folder in folders

@@ -40,7 +40,7 @@ class CelebaMask(Source):
         folder = existing_folder(self.source / _PICTURES, remedy)
         numbers = sorted(int(path.stem) for path in folder.glob("*.jpg") if path.stem.isdecimal())
         if not numbers:
-            raise UserError(f"{folder} holds no pictures named 0.jpg to 29999.jpg; {remedy}")
+            raise UserError(f"{folder} holds no images named 0.jpg to 29999.jpg; {remedy}")
         return [f"{number}.jpg" for number in numbers]
 
     def read(self, reference: str) -> Picture:

@@ -11,7 +11,7 @@ from data_shards.sources.source import BoxedSource, existing_folder, picture_nam
 
 @dataclass(frozen=True, kw_only=True)
 class Compcars(BoxedSource):
-    """CompCars, the pictures from the web: 136,726 whole cars.
+    """CompCars, the images from the web: 136,726 whole cars.
 
     SOURCE/image/MAKE/MODEL/YEAR/*.jpg, SOURCE/label/MAKE/MODEL/YEAR/*.txt (for --crop box)
     """

@@ -31,7 +31,7 @@ class Cub(BoxedSource):
         """See `Source.references`: ``001.Black_footed_Albatross/NAME.jpg``, in the order of images.txt."""
         names = list(self._names.values())
         if not names:
-            raise UserError(f"{self.source / 'images.txt'} names no pictures; {_REMEDY}")
+            raise UserError(f"{self.source / 'images.txt'} names no images; {_REMEDY}")
         if self.masks and not self._segmentations.is_dir():
             raise UserError(
                 f"{self.source} has no segmentations: unpack segmentations.tgz in it, or build with --no-masks"
@@ -59,7 +59,7 @@ class Cub(BoxedSource):
 
     @cached_property
     def _names(self) -> Mapping[str, str]:
-        """By the pictures' numbers, which are words here."""
+        """By the images' numbers, which are words here."""
         path = self.source / "images.txt"
         lines = text_lines(path, _REMEDY)
         try:
@@ -69,7 +69,7 @@ class Cub(BoxedSource):
 
     @cached_property
     def _boxes(self) -> Mapping[str, Box]:
-        """By the pictures' names."""
+        """By the images' names."""
         path = self.source / "bounding_boxes.txt"
         boxes = {}
         for line in text_lines(path, _REMEDY):

@@ -1,4 +1,4 @@
-"""Composites with a true alpha: cut-outs pasted on backgrounds at random places and sizes."""
+"""Composites with a ground-truth alpha: cut-outs pasted on backgrounds at random places and sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ class Cutouts(Source):
     kind = "cutouts"
 
     source: Path
-    """A folder of pictures with transparency."""
+    """A folder of images with transparency."""
     backgrounds: Path
-    """A folder of pictures to paste them on."""
+    """A folder of images to paste them on."""
     num_images: int = 10_000
     """How many composites to make."""
     sizes: tuple[float, float] = (0.4, 0.9)
-    """Least and greatest size of what is pasted: its longer side, relative to the picture's."""
+    """Least and greatest size of what is pasted: its longer side, relative to the image's."""
 
     def references(self) -> Sequence[str]:
         """See `Source.references`: numbers; which of the cut-outs it is follows from number and seed."""
@@ -99,7 +99,7 @@ class Cutouts(Source):
         return cutout.convert("RGBa").resize((width, height), ALPHA_FILTER), scale > 1
 
     def _background(self, name: str, rng: np.random.Generator) -> tuple[Image.Image, bool]:
-        """A random square of a background, as large as the picture, and whether it was enlarged."""
+        """A random square of a background, as large as the image, and whether it was enlarged."""
         part, left, top = rng.uniform(MIN_BACKGROUND, 1), rng.random(), rng.random()
         flip = rng.integers(2)
         try:
@@ -115,8 +115,8 @@ class Cutouts(Source):
 
     @cached_property
     def _cutout_names(self) -> Sequence[str]:
-        return picture_names(existing_folder(self.source, "give a folder of pictures with transparency"))
+        return picture_names(existing_folder(self.source, "give a folder of images with transparency"))
 
     @cached_property
     def _background_names(self) -> Sequence[str]:
-        return picture_names(existing_folder(self.backgrounds, "give a folder of pictures as --backgrounds"))
+        return picture_names(existing_folder(self.backgrounds, "give a folder of images as --backgrounds"))

@@ -14,7 +14,7 @@ _NAME = re.compile(r"(.*/)?\d{5}\.png")
 
 @dataclass(frozen=True, kw_only=True)
 class Ffhq(Source):
-    """FFHQ's aligned faces: 70,000 of 1024 px. The pictures in the wild and the thumbnails beside them are left out.
+    """FFHQ's aligned faces: 70,000 of 1024 px. The images in the wild and the thumbnails beside them are left out.
 
     SOURCE/images1024x1024/00000/00000.png ... 69000/69999.png
     """
@@ -29,7 +29,7 @@ class Ffhq(Source):
         names = picture_names(existing_folder(self._folder, "give the folder that holds images1024x1024"))
         faces = [name for name in names if _NAME.fullmatch(name)]
         if not faces:
-            raise UserError(f"{self._folder} holds no faces named NNNNN.png; --kind folder takes pictures of any name")
+            raise UserError(f"{self._folder} holds no faces named NNNNN.png; --kind folder takes images of any name")
         return faces
 
     def read(self, reference: str) -> Picture:

@@ -1,14 +1,14 @@
-"""The built-in data set: furry creatures on textured backgrounds, with their true alpha.
+"""The built-in data set: furry creatures on textured backgrounds, with their ground-truth alpha.
 
-A picture is a pure function of (seed, index): no files and no licence, and every machine gets the same bytes.
-The creature is drawn with hard edges on a canvas several times finer than the picture, then averaged. Alpha is
+An image is a pure function of (seed, index): no files and no licence, and every machine gets the same bytes.
+The creature is drawn with hard edges on a canvas several times finer than the image, then averaged. Alpha is
 therefore exact coverage, and ``image = alpha * foreground + (1 - alpha) * background`` holds at fur and whiskers.
 
 What lets a small GAN separate the animals within minutes, found by trial: grounds are near mid-grey and animals far
 from it, all of them. A contrast of each animal to its own ground takes far longer to learn; and the mask networks start
 on whatever the foreground's features are strong on, which are the colours far from grey. Fur darkens towards the
 outline, so that a mask which is cut too tight shows. Coats and faces are soft: were they the only fine detail in a
-small picture, the background's noise inputs would imitate it before anything else could, and the two generators would
+small image, the background's noise inputs would imitate it before anything else could, and the two generators would
 swap roles.
 """
 
@@ -37,7 +37,7 @@ from data_shards.sources.strands import (
 from data_shards.sources.textures import any_colour, draw_background, vary
 
 VERSION = 3
-"""Of the look: raised when the same (seed, index) draws another picture, so that no stale set is reused."""
+"""Of the look: raised when the same (seed, index) draws another image, so that no stale set is reused."""
 
 MIN_RESOLUTION, MAX_RESOLUTION = 32, 512
 
@@ -74,11 +74,11 @@ class Creature:
     colours: NDArray[np.uint8]  # [256, 3], of the inks
 
     def place(self, points: Points) -> Points:
-        """From head coordinates to the picture."""
+        """From head coordinates to the image."""
         return self.centre + turned(points, self.tilt) * self.radius
 
     def ink_of(self, positions: Points, shades: Points) -> Inks:
-        """The fur's ink at places in the picture ``[n, 2]`` for shades ``[n]``."""
+        """The fur's ink at places in the image ``[n, 2]`` for shades ``[n]``."""
         x, y = np.moveaxis(turned((positions - self.centre) / self.radius, -self.tilt), -1, 0)
         if self.coat == "patches":
             second = (np.hypot(x[:, None] - self.spots[:, 0], y[:, None] - self.spots[:, 1]) < self.spots[:, 2]).any(1)
@@ -212,7 +212,7 @@ def _draw_ears(canvas: Canvas, creature: Creature, rng: np.random.Generator, den
 
 
 def _draw_body(canvas: Canvas, creature: Creature, rng: np.random.Generator, density: float) -> None:
-    """What is behind or below the head: a chest that leaves the picture, feet, or a sitting body."""
+    """What is behind or below the head: a chest that leaves the image, feet, or a sitting body."""
     parts: list[tuple[Points, tuple[float, float], float]] = []
     if creature.pose == "ball":
         parts = [(ellipse((side * 0.42, 0.98), (0.3, 0.2)), (0.0, 0.4), 0.4) for side in (-1, 1)]
@@ -271,7 +271,7 @@ def _draw_creature(creature: Creature, rng: np.random.Generator, resolution: int
     # Below 128 pixels more strands than could be told apart: fur that is finer than a pixel is smooth.
     times = resolution / MIN_RESOLUTION
     density = max(MIN_DENSITY, float(np.sqrt(times) * np.sqrt(np.sqrt(times))))
-    # One generator a part: a finer picture draws more numbers in a part and must not shift the next one.
+    # One generator a part: a finer image draws more numbers in a part and must not shift the next one.
     body, ears, head, whiskers = rng.spawn(4)
     _draw_body(canvas, creature, body, density)
     if creature.ears != "floppy":
@@ -288,7 +288,7 @@ def _draw_creature(creature: Creature, rng: np.random.Generator, resolution: int
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """A picture before it is put together.
+    """An image before it is put together.
 
     Attributes:
         foreground: the creature's colour times its coverage, uint8 ``[R, R, 3]``.
@@ -334,10 +334,10 @@ def draw_layers(index: int, *, seed: int, resolution: int) -> Layers:
 
 
 def draw(index: int, *, seed: int, resolution: int) -> Sample:
-    """One creature with its true alpha: a pure function of its arguments.
+    """One creature with its ground-truth alpha: a pure function of its arguments.
 
     Args:
-        index: which picture; any number from 0.
+        index: which image; any number from 0.
         seed: which data set, from 0.
         resolution: side in pixels, 32 to 512. The same creature is drawn at each, more or less finely.
 
@@ -350,7 +350,7 @@ def draw(index: int, *, seed: int, resolution: int) -> Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Furballs(Source):
-    """The built-in creatures, drawn with their true alpha; they need no files."""
+    """The built-in creatures, drawn with their ground-truth alpha; they need no files."""
 
     kind = "furballs"
 

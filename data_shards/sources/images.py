@@ -1,7 +1,7 @@
-"""From any file that Pillow opens to a square 8-bit RGB picture of the wanted size.
+"""From any file that Pillow opens to a square 8-bit RGB image of the wanted size.
 
 Upright by its EXIF orientation. Grey, palette, CMYK and the like become RGB; 16 bits become 8 by division; of an
-animation the first frame is taken. A picture with transparency is shown on white, as viewers show it, and its alpha is
+animation the first frame is taken. An image with transparency is shown on white, as viewers show it, and its alpha is
 kept. Embedded colour profiles are not applied.
 """
 
@@ -35,19 +35,19 @@ Box = tuple[float, float, float, float]
 
 
 class BrokenPictureError(Exception):
-    """A picture that has to be left out; its text is the reason, one line."""
+    """An image that has to be left out; its text is the reason, one line."""
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One picture of a source, of any size.
+    """One image of a source, of any size.
 
     Attributes:
         image: RGB, upright.
         alpha: 8-bit grey, of the image's shape though not always of its size; None where the source has none.
         box: what to crop to; None: the centre.
         is_upsampled: whether a part was enlarged already.
-        metadata: JSON-serialisable facts about the picture.
+        metadata: JSON-serialisable facts about the image.
     """
 
     image: Image.Image
@@ -58,7 +58,7 @@ class Picture:
 
 
 def picture_extensions() -> frozenset[str]:
-    """Of all files that count as pictures, in lower case with their dot."""
+    """Of all files that count as images, in lower case with their dot."""
     formats = picture_formats()
     return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
 
@@ -71,10 +71,10 @@ def picture_formats() -> tuple[str, ...]:
 
 
 def read_picture(file: Path | IO[bytes]) -> Picture:
-    """Decode a picture.
+    """Decode an image.
 
     Raises:
-        BrokenPictureError: it is no picture, is cut off or damaged, has more pixels than Pillow's limit against
+        BrokenPictureError: it is no image, is cut off or damaged, has more pixels than Pillow's limit against
             decompression bombs, or pixels whose range is unknown.
     """
     image, alpha = _rgb_and_alpha(_decode(file))
@@ -91,7 +91,7 @@ def read_mask(file: Path) -> Image.Image:
 
 
 def read_cutout(file: Path) -> Image.Image:
-    """Decode a picture with its transparency, RGBA; opaque where it has none.
+    """Decode an image with its transparency, RGBA; opaque where it has none.
 
     Raises:
         BrokenPictureError: as for `read_picture`.
@@ -100,10 +100,10 @@ def read_cutout(file: Path) -> Image.Image:
 
 
 def fit(picture: Picture, resolution: int) -> tuple[Sample, bool]:
-    """Crop a picture to a square and resize it.
+    """Crop an image to a square and resize it.
 
     Args:
-        picture: of any size.
+        image: of any size.
         resolution: side of the result, pixels.
 
     Returns:
@@ -119,7 +119,7 @@ def fit(picture: Picture, resolution: int) -> tuple[Sample, bool]:
     if picture.alpha is not None:
         scale = picture.alpha.width / width
         if picture.alpha.height != round(height * scale):
-            sizes = f"{picture.alpha.width}x{picture.alpha.height} px for a picture of {width}x{height} px"
+            sizes = f"{picture.alpha.width}x{picture.alpha.height} px for an image of {width}x{height} px"
             raise BrokenPictureError(f"its mask is of another shape: {sizes}")
         where = round(left * scale), round(top * scale), round(side * scale)
         alpha = np.asarray(_resized(picture.alpha, *where, resolution, ALPHA_FILTER))
@@ -131,7 +131,7 @@ def square(width: int, height: int, box: Box | None) -> tuple[int, int, int]:
     """The square to crop: left, top and side, pixels.
 
     Without a box it is the greatest in the centre. With one it is centred on the box and holds it with a margin, as far
-    as the picture reaches.
+    as the image reaches.
     """
     left, top, right, bottom = box or (0, 0, width, height)
     side = min(width, height)
@@ -154,7 +154,7 @@ def _decode(file: Path | IO[bytes]) -> Image.Image:
     """The decoded first frame, upright, with 8 bits a channel."""
     try:
         with warnings.catch_warnings():
-            # Pillow only warns up to twice its limit: such a picture takes some 500 MB in each worker.
+            # Pillow only warns up to twice its limit: such an image takes some 500 MB in each worker.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=picture_formats()) as image:
@@ -164,7 +164,7 @@ def _decode(file: Path | IO[bytes]) -> Image.Image:
     except BrokenPictureError:
         raise
     except UnidentifiedImageError:
-        raise BrokenPictureError("it is no picture that Pillow knows") from None
+        raise BrokenPictureError("it is no image that Pillow knows") from None
     except FileNotFoundError:
         raise BrokenPictureError("there is no such file") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):

@@ -1,4 +1,4 @@
-"""LSUN's databases: LMDB, whose values are encoded pictures."""
+"""LSUN's databases: LMDB, whose values are encoded images."""
 
 import io
 from collections.abc import Iterator, Sequence

@@ -21,7 +21,7 @@ VERSION = 1
 """Of the look: raised when the same (seed, index) casts another shadow."""
 
 OFFSET = (0.16, 0.09)
-"""Of the shadow to its creature, to the right and down, in units of the picture's side."""
+"""Of the shadow to its creature, to the right and down, in units of the image's side."""
 
 OPACITY = 0.9
 """Share of the background that the shadow hides."""
@@ -45,7 +45,7 @@ def cast(layers: Layers) -> tuple[Layers, NDArray[np.uint8]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Shadows(Furballs):
-    """Furballs with a cast shadow attached to them; the true alpha is that of the creature alone."""
+    """Furballs with a cast shadow attached to them; the ground-truth alpha is that of the creature alone."""
 
     kind = "shadows"
 

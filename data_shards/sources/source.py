@@ -1,4 +1,4 @@
-"""What a kind of source is: a dataclass of its options that lists its pictures and reads one.
+"""What a kind of source is: a dataclass of its options that lists its images and reads one.
 
 A new kind is a subclass in a file of its own, and its name in `data_shards.sources.kinds`. Its fields become options of
 the command, and its docstring the help.
@@ -17,21 +17,21 @@ from data_shards.sources.images import Picture, picture_extensions
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
-    """A collection of pictures. It is pickled for each worker, which opens files of its own."""
+    """A collection of images. It is pickled for each worker, which opens files of its own."""
 
     kind: ClassVar[str]
     """Its name on the command line."""
 
     resolution: int = 256
-    """Side of the pictures to make, pixels."""
+    """Side of the images to make, pixels."""
     seed: int = 0
-    """Of the order of the pictures, and of all that is drawn."""
+    """Of the order of the images, and of all that is drawn."""
     max_images: int | None = None
     """Take only the first so many, in the order of their names."""
 
     @abstractmethod
     def references(self) -> Sequence[str]:
-        """The pictures, each by a name that `read` understands, in an order that is the same everywhere.
+        """The images, each by a name that `read` understands, in an order that is the same everywhere.
 
         Raises:
             UserError: the source is missing or is not of this kind.
@@ -39,14 +39,14 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, reference: str) -> Picture:
-        """One picture; a function of the options and the reference alone.
+        """One image; a function of the options and the reference alone.
 
         Raises:
             BrokenPictureError: it cannot be read, with the reason.
         """
 
     def other_inputs(self) -> Sequence[str]:
-        """The names of all else that goes into the pictures: a build that was stopped goes on only with the same."""
+        """The names of all else that goes into the images: a build that was stopped resumes only with the same."""
         return ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Source(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class BoxedSource(Source):
-    """A collection that knows where in each picture the object is."""
+    """A collection that knows where in each image the object is."""
 
     crop: Literal["center", "box"] = "center"
     """Crop to the centre, as the paper does, or to the object's box with a margin of 10% on each side."""
@@ -75,7 +75,7 @@ def existing_folder(path: Path, remedy: str) -> Path:
 
 
 def picture_names(folder: Path) -> list[str]:
-    """All pictures in a folder and its subfolders, by their extensions: relative paths with ``/``, sorted.
+    """All images in a folder and its subfolders, by their extensions: relative paths with ``/``, sorted.
 
     Hidden files and folders, and links to folders, are passed over.
 
@@ -97,7 +97,7 @@ def picture_names(folder: Path) -> list[str]:
             if Path(name).suffix.lower() in extensions and not name.startswith(".")
         ]
     if not names:
-        raise UserError(f"{folder} holds no pictures (files named .jpg, .png, .webp, ...); give another folder")
+        raise UserError(f"{folder} holds no images (files named .jpg, .png, .webp, ...); give another folder")
     return sorted(names)
 
 

@@ -1,6 +1,6 @@
 """Fur as geometry: outlines that strands grow on, and the supersampled canvas they are drawn on.
 
-All positions and lengths are in units of the picture's side, x to the right and y down, so that one scene can be
+All positions and lengths are in units of the image's side, x to the right and y down, so that one scene can be
 drawn at any resolution. The canvas holds *inks* (palette indices), not colours: ink 0 is the background, so
 "is this subpixel foreground?" is exact, and colours and coverage are averaged from the same drawing.
 """
@@ -122,7 +122,7 @@ def grow(pelt: Pelt, rng: np.random.Generator, density: float) -> Strands:
 
 
 class Canvas:
-    """A square of ink numbers, ``factor`` times finer than the picture it becomes."""
+    """A square of ink numbers, ``factor`` times finer than the image it becomes."""
 
     def __init__(self, resolution: int, factor: int) -> None:
         self.resolution, self.factor, self.size = resolution, factor, resolution * factor
@@ -156,7 +156,7 @@ class Canvas:
             polygon(corners, fill=ink)
 
     def resolve(self, colours: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """The foreground at the picture's own resolution (`downscaled`).
+        """The foreground at the image's own resolution (`downscaled`).
 
         Args:
             colours: ``[256, 3]``, the colour of each ink; that of ink 0 must be black.

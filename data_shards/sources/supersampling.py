@@ -1,8 +1,8 @@
-"""From a finely drawn picture to its final resolution."""
+"""From a finely drawn image to its final resolution."""
 
 from PIL import Image
 
 
 def downscaled(canvas: Image.Image, resolution: int) -> Image.Image:
-    """A square picture at its final resolution, through a triangle two pixels wide: a lens, not a grid of boxes."""
+    """A square image at its final resolution, through a triangle two pixels wide: a lens, not a grid of boxes."""
     return canvas.resize((resolution, resolution), Image.Resampling.BILINEAR)

@@ -182,7 +182,7 @@ def draw_background(rng: np.random.Generator, resolution: int) -> tuple[Picture,
 
     Args:
         rng: decides everything; the same generator state gives the same background at any resolution.
-        resolution: side of the picture in pixels.
+        resolution: side of the image in pixels.
     """
     kind = list(_KINDS)[rng.integers(len(_KINDS))]
     palette = draw_palette(rng)

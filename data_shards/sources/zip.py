@@ -1,4 +1,4 @@
-"""Any zip file of pictures, read where it lies: nothing is unpacked, and no name in it is used as a path."""
+"""Any zip file of images, read where it lies: nothing is unpacked, and no name in it is used as a path."""
 
 import zipfile
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ MAX_FILE_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Zip(Source):
-    """Any zip file of pictures, in folders or not, of any format that Pillow opens; it is not unpacked.
+    """Any zip file of images, in folders or not, of any format that Pillow opens; it is not unpacked.
 
     SOURCE.zip: **/*.jpg, *.png, *.webp, *.tif, ...
     """
@@ -24,7 +24,7 @@ class Zip(Source):
     kind = "zip"
 
     source: Path
-    """The zip file. Pictures with transparency are put on white, and their alpha goes into the shards."""
+    """The zip file. Images with transparency are put on white, and their alpha goes into the shards."""
 
     def references(self) -> Sequence[str]:
         """See `Source.references`: names in the zip."""
@@ -38,7 +38,7 @@ class Zip(Source):
             if path.suffix.lower() in extensions and not (info.is_dir() or hidden):
                 names.add(info.filename)
         if not names:
-            raise UserError(f"{self.source} holds no pictures (files named .jpg, .png, .webp, ...); give another zip")
+            raise UserError(f"{self.source} holds no images (files named .jpg, .png, .webp, ...); give another zip")
         return sorted(names)
 
     def read(self, reference: str) -> Picture:

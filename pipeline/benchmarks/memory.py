@@ -119,7 +119,7 @@ class Arguments:
     """What the command line says."""
 
     resolutions: tuple[int, ...] = (256, 1024)
-    """Sides of the pictures in pixels."""
+    """Sides of the images in pixels."""
     ranks: tuple[int, ...] = (1, 2, 8, 64)
     """Numbers of processes."""
 
@@ -129,7 +129,7 @@ def main() -> None:
     with one_line_errors(passthrough=bool({"-h", "--help"} & set(sys.argv[1:]))):
         arguments = tyro.cli(Arguments, description=__doc__)
     if min(arguments.ranks) < 1:
-        raise UserError(f"--ranks {min(arguments.ranks)} is impossible: give 1 or more")
+        raise UserError(f"--ranks {min(arguments.ranks)} is invalid: give 1 or more")
     print(table(arguments.resolutions, arguments.ranks))
 
 

@@ -280,7 +280,7 @@ def main() -> None:
     arguments = _parse()
     for number in (*arguments.ranks, arguments.repetitions, arguments.adapters):
         if number < 1:
-            raise UserError(f"{number} is impossible: give numbers of 1 or more")
+            raise UserError(f"{number} is invalid: give numbers of 1 or more")
     config = preset(arguments.dataset, data="none", precision="fp32")
     config = replace(
         config, resolution=arguments.resolution or config.resolution, batch=arguments.batch or config.batch

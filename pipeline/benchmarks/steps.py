@@ -106,7 +106,7 @@ class Bench:
         return self._limits[dtype]
 
     def _steps(self, variant: Variant, figures: dict[str, Any], *, with_surroundings: bool) -> None:
-        """Time a variant's phases, and what goes on around them."""
+        """Time a variant's phases, and what happens around them."""
         allowed = self._limits_of(variant, figures)
         runner = self._started(variant, figures)
         if runner is None:
@@ -219,7 +219,7 @@ def agreement(config: Config, device: torch.device) -> float:
     """Greatest relative difference between a loss term of ours and of the plain reading, before any step."""
     worst = 0.0
     for phase in Ours(config, device).learner.phases:
-        ours, plain = Ours(config, device), Plain(config, device)  # anew: a step moves what the next one sees
+        ours, plain = Ours(config, device), Plain(config, device)  # again: a step moves what the next one sees
         images = ours.images()
         mine = ours.run(phase, 0, images)
         for name, value in plain.run(phase, 0, images).items():

@@ -32,7 +32,7 @@ class Arguments:
     config: Path | None = None
     """YAML file of overrides, complete or partial; every run saves one."""
     resume: Path | None = None
-    """Run directory to go on with, under its own configuration."""
+    """Run directory to resume, under its own configuration."""
 
 
 class HasTree(Protocol):
@@ -84,7 +84,7 @@ def parse_arguments(kind: type[Parsed], description: str, argv: list[str] | None
         values = _resolution_of(directory) | values
     helping = bool({"-h", "--help"} & set(argv))
     if helping and values.get("dataset", "furballs") != "furballs":
-        values.setdefault("data", "DIRECTORY")  # help on a preset must not ask for its pictures first
+        values.setdefault("data", "DIRECTORY")  # help on a preset must not ask for its images first
     base = config_from_dict(values)
 
     with one_line_errors(passthrough=helping):

@@ -136,7 +136,7 @@ class LogConfig(_Section):
     """Iteration, from 0, of which rank 0 writes a trace: trace-ITERATION.json.gz in the run's directory, for
     ui.perfetto.dev. The first ones after a start are not typical: they choose algorithms and record graphs."""
     on_save_error: Literal["continue", "stop"] = "continue"
-    """Where a checkpoint, picture or row of metrics cannot be written (a full disk): 'continue' says so, trains on and
+    """Where a checkpoint, image or row of metrics cannot be written (a full disk): 'continue' says so, trains on and
     tries again at the next one, and a run whose last state is not saved in the end fails; 'stop' ends it at once."""
 
 
@@ -168,7 +168,7 @@ class Config(_Section):
     """Directory of WebDataset shards, or its URL: s3://, gs://, http:// (any that fsspec knows; see cache_dir). Without
     it the furballs preset draws its own."""
     scribbles: Path | None = None
-    """Directory of a few pictures NAME.png, each with NAME.scribble.png: green strokes on the foreground, red ones on
+    """Directory of a few images NAME.png, each with NAME.scribble.png: green strokes on the foreground, red ones on
     the background. They decide what is ambiguous."""
     verify_data: bool = True
     """Check the sha256 of every shard before training, where the set has a manifest. Fetched ones always are."""
@@ -187,9 +187,9 @@ class Config(_Section):
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     """All randomness of the run derives from it."""
     run_dir: Path | None = None
-    """Where the run is kept; runs/<dataset>-<time> by default. One that holds a run goes on with it."""
+    """Where the run is kept; runs/<dataset>-<time> by default. One that holds a run resumes it."""
     loader: Literal["auto", "dali", "webdataset"] = "auto"
-    """Who decodes: NVIDIA DALI, or webdataset where DALI is not at hand."""
+    """Who decodes: NVIDIA DALI, or webdataset where DALI is not available."""
     flip: bool = True
     """Mirror half of the training images."""
     num_images: Count = 4096
@@ -281,9 +281,7 @@ class Config(_Section):
                 "the background latent is the front part of the foreground's"
             )
         if self.data is None and self.dataset != "furballs":
-            raise UserError(
-                f"dataset {self.dataset} needs pictures: give --data with the directory or URL of its shards"
-            )
+            raise UserError(f"dataset {self.dataset} needs images: give --data with the directory or URL of its shards")
 
 
 def _unaligned(phi1: float) -> dict[str, Any]:
@@ -299,10 +297,11 @@ def _unaligned(phi1: float) -> dict[str, Any]:
 
 
 def _furballs() -> dict[str, Any]:
-    """Small enough for two CPU cores and a few minutes, on the paper's constants but for three.
+    """Small enough for two CPU cores and a few minutes.
 
-    R1's gamma goes with the number of pixels (Karras et al. 2020, ADA), phi1 with the area of the animals (0.44), and
-    the fine mask fades in within the run.
+    Four of the paper's constants are different. R1's gamma scales with the number of pixels (Karras et al. 2020, ADA).
+    phi1 follows from the area of the animals (0.44). The fine mask fades in, and the average of G warms up, within the
+    run. Binarization keeps the paper's schedule, of which 2,000 steps are a part: lambda_bin falls to 3.2.
     """
     return {
         "resolution": 32,
@@ -332,7 +331,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(dataset: str, **overrides: Any) -> Config:
-    """A preset with some top-level fields overridden: `config_io.config_from_dict` for where pydantic is not at hand.
+    """A preset with some top-level fields overridden: `config_io.config_from_dict` for where pydantic is not available.
 
     Raises:
         UserError: the preset is unknown, or a value is impossible.

@@ -29,7 +29,7 @@ def distributions(measured: Sequence[Generated]) -> list[tuple[str, str]]:
         charts.append((title, _histogram(measured, values, edges, "mIoU")))
     edges = np.linspace(0, 1, NUM_BINS + 1)
     areas = [generated.areas for generated in measured]
-    charts.append(("Share of each picture that is foreground", _histogram(measured, areas, edges, "area")))
+    charts.append(("Share of each image that is foreground", _histogram(measured, areas, edges, "area")))
     charts.append(("Alpha of all pixels", _alpha(measured)))
     return charts
 

@@ -63,7 +63,7 @@ class EvaluationOptions:
     TorchScript), maskrcnn=FILE, huggingface=FOLDER, or module:name of your own. By default fitted, where the shards
     carry alpha."""
     image_metrics: Annotated[tuple[ImageMetric, ...], tyro.conf.arg(metavar="{fid,kid,prc} ...")] = ("fid", "kid")
-    """Of foregrounds and composites against all training pictures; prc is generative precision and recall. None of
+    """Of foregrounds and composites against all training images; prc is generative precision and recall. None of
     them after a bare --image-metrics."""
     features: str = INCEPTION
     """Feature extractor: a name in torch-fidelity's registry, random-vgg16 (which needs no download), or module:name of
@@ -77,7 +77,7 @@ class EvaluationOptions:
     data: str | None = None
     """Shards that the run was trained on, if they lie elsewhere by now."""
     cache_dir: Path | None = None
-    """Where statistics of real pictures, furballs and segmenters are kept; the run's own by default."""
+    """Where statistics of real images, furballs and segmenters are kept; the run's own by default."""
     out: Path | None = None
     """Directory for the results; RUN/evaluation/CHECKPOINT-SAMPLES by default."""
     batch: int = 64
@@ -88,15 +88,15 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         for name, value, low in (("num-samples", self.num_samples, 2), ("batch", self.batch, 1)):
             if value < low:
-                raise UserError(f"--{name} {value} is impossible: give {low} or more")
+                raise UserError(f"--{name} {value} is invalid: give {low} or more")
         if self.num_threads < 0:
-            raise UserError(f"--num-threads {self.num_threads} is impossible: give 0 or more")
+            raise UserError(f"--num-threads {self.num_threads} is invalid: give 0 or more")
         if not 0 <= self.threshold < 1:
-            raise UserError(f"--threshold {self.threshold} is impossible: give 0 or more, and less than 1")
+            raise UserError(f"--threshold {self.threshold} is invalid: give 0 or more, and less than 1")
         if not self.psi or not all(math.isfinite(psi) for psi in self.psi) or len(set(self.psi)) < len(self.psi):
             raise UserError(f"--psi {' '.join(map(str, self.psi))}: give one or more numbers, each once")
         if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed} is impossible: give 0 to {2**32 - 1}")
+            raise UserError(f"--seed {self.seed} is invalid: give 0 to {2**32 - 1}")
 
 
 def evaluate(options: EvaluationOptions, accelerator: Accelerator) -> None:
@@ -164,7 +164,7 @@ def _truths(
     for spec in specs:
         if spec in (FITTED, ALPHA) and not shard_set.has_alpha:
             raise UserError(
-                f"--pseudo-gt {spec} needs true alpha, and {shard_set.root} has none: give a network's file"
+                f"--pseudo-gt {spec} needs ground-truth alpha, and {shard_set.root} has none: give a network's file"
             )
         if spec == FITTED:
             prepared = prepare_pseudo_truth(
@@ -192,7 +192,7 @@ def _extractor(options: EvaluationOptions, accelerator: Accelerator) -> tuple[Ex
     reasons: Sequence[str | None] = gather_object([missing])
     missing = next((reason for reason in reasons if reason), None)
     if missing:
-        logger.warning("no FID, KID or other distance of pictures: %s", missing)
+        logger.warning("no FID, KID or other distance of images: %s", missing)
         return None, missing
     return extractor, None
 

@@ -1,6 +1,6 @@
-"""Distances between sets of pictures by the features of a network: FID, KID, generative precision and recall.
+"""Distances between sets of images by the features of a network: FID, KID, generative precision and recall.
 
-Extractors, distances and Inception weights are torch-fidelity's (Obukhov et al. 2020). Pictures pass in batches and are
+Extractors, distances and Inception weights are torch-fidelity's (Obukhov et al. 2020). Images pass in batches and are
 dropped; of their features, mean and covariance are summed up in double precision, and the features themselves are kept
 only where KID or precision and recall need them. What is not Inception is never called FID or KID.
 """
@@ -47,17 +47,17 @@ FEATURE_EXTRACTORS_REGISTRY[RANDOM_VGG16] = RandomVgg16
 
 
 class WeightsUnavailableError(UserError):
-    """The extractor's weights are neither here nor to be had."""
+    """The extractor's weights are neither here nor available."""
 
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """A network that turns pictures into features.
+    """A network that turns images into features.
 
     Attributes:
         name: in torch-fidelity's registry.
         layer: whose output the features are.
-        resize: how pictures get to the network's size.
+        resize: how images get to the network's size.
         fingerprint: hexadecimal; another one if weights or code are others.
         module: the network.
     """
@@ -209,13 +209,13 @@ class FeatureStatistics:
                 if keep:
                     statistics._kept = [arrays["features"]]
         except Exception as error:  # numpy and zipfile raise half a dozen kinds for a damaged file
-            logger.warning("%s cannot be read (%s): measuring the real pictures anew", path, type(error).__name__)
+            logger.warning("%s cannot be read (%s): measuring the real images again", path, type(error).__name__)
             return None
         return statistics
 
 
 def statistics_path(cache_dir: Path, shards_digest: str, extractor: Extractor) -> Path:
-    """Where the statistics of a shard set's pictures are kept."""
+    """Where the statistics of a shard set's images are kept."""
     return cache_dir / f"features-v{CACHE_VERSION}-{shards_digest[:16]}-{extractor.fingerprint[:16]}.npz"
 
 
@@ -227,14 +227,14 @@ def image_distances(
     *,
     seed: int,
 ) -> dict[str, float]:
-    """Distances of generated from real pictures, by name.
+    """Distances of generated from real images, by name.
 
     ``fid``, ``kid`` and ``kid_std`` where the features are Inception's, else ``frechet_distance``,
     ``kernel_distance`` and ``kernel_distance_std``; ``generative_precision`` and ``generative_recall``
     (Kynkäänniemi et al. 2019), which are not the masks'.
 
     Args:
-        generated: of the generated pictures.
+        generated: of the generated images.
         real: of the real ones.
         extractor: that made the features.
         metrics: which to compute.

@@ -32,7 +32,7 @@ from pipeline.runs.saving import SaveError, saving
 logger = logging.getLogger(__name__)
 
 CHUNK = 16
-"""Pictures at a time; small, so that many ranks get a share."""
+"""Images at a time; small, so that many ranks get a share."""
 
 NUM_REAL = 512
 
@@ -42,9 +42,9 @@ class PseudoTruth:
     """What mask metrics are measured with.
 
     Attributes:
-        segmenter: fitted on the shards' true alpha.
+        segmenter: fitted on the shards' ground-truth alpha.
         held_out: its own figures on images it was not fitted on.
-        real: real images to try the mask predictor on, this rank's share, and their true alpha: pairs of
+        real: real images to try the mask predictor on, this rank's share, and their ground-truth alpha: pairs of
             ``[b, 3, R, R]`` uint8 and ``[b, 1, R, R]`` in [0, 1], on the CPU.
     """
 
@@ -125,7 +125,7 @@ def generated_mask_metrics(
 def real_mask_prediction_metrics(
     discriminator: Discriminator, real: Sequence[tuple[Tensor, Tensor]], *, threshold: float
 ) -> MaskMetrics:
-    """The discriminator's 16x16 masks of real images against their true alpha at 16x16; on all ranks together.
+    """The discriminator's 16x16 masks of real images against their ground-truth alpha at 16x16; on all ranks together.
 
     Args:
         discriminator: D.
@@ -146,13 +146,13 @@ def _load_cached(path: Path) -> dict[str, Any] | None:
     try:
         cached: dict[str, Any] = torch.load(path, weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        logger.warning("%s cannot be read (%s): fitting the segmenter anew", path, type(error).__name__)
+        logger.warning("%s cannot be read (%s): fitting the segmenter again", path, type(error).__name__)
         return None
     return cached
 
 
 def _real_share(shard_set: ShardSet) -> list[tuple[Tensor, Tensor]]:
-    """This rank's share of some real pictures and their alphas, in chunks that are the same on any number of ranks."""
+    """This rank's share of some real images and their alphas, in chunks that are the same on any number of ranks."""
     num = min(NUM_REAL, shard_set.num_samples // GROUP_SIZE * GROUP_SIZE)
     order = BatchOrder(shard_set.num_samples, global_batch=num, seed=0, flip=False, windows=shard_set.windows)
     if order.windows:
@@ -164,7 +164,7 @@ def _real_share(shard_set: ShardSet) -> list[tuple[Tensor, Tensor]]:
 
 
 def _read_pairs(shard_set: ShardSet, num_images: int, config: Config) -> tuple[Tensor, Tensor]:
-    """Pictures and their alphas as the segmenter takes them."""
+    """Images and their alphas as the segmenter takes them."""
     batch = min(64, num_images // 4 * 4)
     loader = make_loader(
         config.loader,

@@ -1,7 +1,7 @@
 """What a threshold hides: the four errors of the matting literature (Rhemann et al. 2009), image by image.
 
 Definitions and constants are those of the benchmark at alphamatting.com, and sums are in thousands as there. They are
-taken over all pixels, and over the unknown band of a trimap made from the true alpha: hair, fur, whiskers.
+taken over all pixels, and over the unknown band of a trimap made from the ground-truth alpha: hair, fur, whiskers.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ CONNECTIVITY_STEP = 0.1
 CONNECTIVITY_THETA = 0.15
 OPAQUE, TRANSPARENT = 0.95, 0.05
 BAND_SHARE = 1 / 32
-"""Half-width of the unknown band, as a share of the picture's side: 8 pixels at 256."""
+"""Half-width of the unknown band, as a share of the image's side: 8 pixels at 256."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ def connected_level(predicted: Floats, true: Floats) -> Floats:
     Regions are 4-connected; thresholds are 0, 0.1, ..., 1.
     """
     levels = np.full(true.shape, -1.0)
-    cross = np.zeros((3, 3, 3), np.bool_)  # within a picture, never to the next one of the batch
+    cross = np.zeros((3, 3, 3), np.bool_)  # within an image, never to the next one of the batch
     cross[1] = ndimage.generate_binary_structure(2, 1)
     both = np.minimum(predicted, true)
     thresholds = np.arange(0, 1 + CONNECTIVITY_STEP / 2, CONNECTIVITY_STEP)

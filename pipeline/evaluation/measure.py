@@ -1,4 +1,4 @@
-"""The measurements of an evaluation: of generated samples at one truncation, and of real pictures."""
+"""The measurements of an evaluation: of generated samples at one truncation, and of real images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from pipeline.methods.furrygan.losses import downsample_mask
 NUM_ALPHA_BINS = 20
 
 KINDS = ("foreground", "composite")
-"""Generated pictures whose distance from the real ones is measured."""
+"""Generated images whose distance from the real ones is measured."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Generated:
 
     Attributes:
         psi: their truncation.
-        statistics: of features, by kind of picture; empty without an extractor.
+        statistics: of features, by kind of image; empty without an extractor.
         scores: of masks, by pseudo ground truth.
-        areas: ``[n]`` share of each picture that is foreground.
+        areas: ``[n]`` share of each image that is foreground.
         alpha_histogram: ``[20]`` pixels by alpha, from 0 to 1.
     """
 
@@ -134,7 +134,7 @@ def real_statistics(
     *,
     keep_features: bool,
 ) -> FeatureStatistics | None:
-    """Features of all pictures of a shard set, not mirrored; from the cache where they are there.
+    """Features of all images of a shard set, not mirrored; from the cache where they are there.
 
     Returns:
         The statistics on the main process; elsewhere None.
@@ -150,7 +150,7 @@ def real_statistics(
         plan.batch,
         lambda samples: extractor(pictures.images(samples).to(device)),
         accelerator,
-        label="real pictures",
+        label="real images",
     ):
         statistics.add(features)
     if not accelerator.is_main_process:
@@ -161,12 +161,12 @@ def real_statistics(
 
 @dataclass(frozen=True, eq=False)
 class Real:
-    """What was measured on real pictures.
+    """What was measured on real images.
 
     Attributes:
-        num: pictures.
-        mask_pred: the discriminator's 16x16 masks, by what they were held against; empty where it has no predictor.
-        truths: pseudo ground truths against true alpha, by name; empty where shards carry none.
+        num: images.
+        mask_pred: the discriminator's 16x16 masks, by what they were compared with; empty where it has no predictor.
+        truths: pseudo ground truths against ground-truth alpha, by name; empty where shards carry none.
     """
 
     num: int
@@ -181,12 +181,12 @@ def measure_real(
     truths: Mapping[str, Segmentation],
     accelerator: Accelerator,
 ) -> Real | None:
-    """Hold the mask predictor against true alpha where there is one, and against pseudo ground truths.
+    """Hold the mask predictor against ground-truth alpha where there is one, and against pseudo ground truths.
 
     Args:
-        plan: run and number of pictures; of a larger set, as many are taken at even distances.
-        shard_set: of the pictures.
-        pictures: of the shard set.
+        plan: run and number of images; of a larger set, as many are taken at even distances.
+        shard_set: of the images.
+        images: of the shard set.
         truths: pseudo ground truths by name.
         accelerator: of the ranks.
 

@@ -1,4 +1,4 @@
-"""The pictures that are measured: generated ones by sample number, real ones by their number in the shard set."""
+"""The images that are measured: generated ones by sample number, real ones by their number in the shard set."""
 
 import io
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 class RealPictures:
-    """Pictures of a shard set, as they are: in order, never mirrored.
+    """Images of a shard set, as they are: in order, never mirrored.
 
     Args:
         shard_set: stays the caller's to close.
@@ -62,7 +62,7 @@ class RealPictures:
         return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
 
     def alphas(self, samples: Sequence[int]) -> Tensor:
-        """True alpha ``[b, 1, R, R]`` in [0, 1]."""
+        """Ground-truth alpha ``[b, 1, R, R]`` in [0, 1]."""
         contents = [self._shard_set.alpha_bytes(sample) for sample in samples]
         decoded = list(self._pool.map(partial(self._decode, mode="L"), samples, contents))
         return torch.from_numpy(np.stack(decoded))[:, None].float() / 255.0

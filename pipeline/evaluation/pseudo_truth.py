@@ -1,9 +1,9 @@
-"""Pseudo ground truth: networks that say where the foreground of a picture is (paper, section 4.2 and appendix B).
+"""Pseudo ground truth: networks that say where the foreground of an image is (paper, section 4.2 and appendix B).
 
-One interface, `Segmentation`: a picture in, a mask of the same size out. On the command line:
+One interface, `Segmentation`: an image in, a mask of the same size out. On the command line:
 
-    fitted              the small segmenter fitted on the shards' true alpha
-    alpha               true alpha: for real pictures alone, and only where shards carry it
+    fitted              the small segmenter fitted on the shards' ground-truth alpha
+    alpha               ground-truth alpha: for real images alone, and only where shards carry it
     tracer-te7=FILE     a network by ONNX or TorchScript file; so bisenet, u2net, u2netp
     maskrcnn=FILE       torchvision's Mask R-CNN (ResNet-50 FPN, COCO) with weights by file
     huggingface=FOLDER  a segmentation model of Hugging Face transformers in a local folder
@@ -40,11 +40,11 @@ class Segmentation(Protocol):
 
 @dataclass(frozen=True)
 class Preset:
-    """What a published network expects and says; pictures are normalised by ImageNet's mean and deviation.
+    """What a published network expects and says; images are normalised by ImageNet's mean and deviation.
 
     Attributes:
         size: side of its input, pixels.
-        divide_by_max: scale each picture to a maximum of 1 first.
+        divide_by_max: scale each image to a maximum of 1 first.
         to_mask: from its first output ``[b, C, h, w]`` to the mask ``[b, 1, h, w]``.
     """
 
@@ -120,7 +120,7 @@ class MaskRcnn:
         self._network.to(device).eval().requires_grad_(False)
 
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """Instances of ``images [b, 3, R, R]`` in [0, 1]: of each picture ``masks [n, 1, R, R]`` and ``scores [n]``."""
+        """Instances of ``images [b, 3, R, R]`` in [0, 1]: of each image ``masks [n, 1, R, R]`` and ``scores [n]``."""
         found: list[dict[str, Tensor]] = self._network(list(images))
         return found
 
@@ -221,7 +221,7 @@ def _load_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # of onnxruntime's own kinds, which have no common base
-        raise UserError(f"{path} is no ONNX network ({type(error).__name__}): export it anew") from None
+        raise UserError(f"{path} is no ONNX network ({type(error).__name__}): export it again") from None
     (given, *_), (first, *_) = session.get_inputs(), session.get_outputs()
     one_by_one = given.shape[0] == 1  # many are exported with a fixed batch
 

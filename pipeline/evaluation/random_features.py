@@ -1,4 +1,4 @@
-"""Features that need no download, for where Inception's weights are not to be had: `--features random-vgg16`."""
+"""Features that need no download, for where Inception's weights are not available: `--features random-vgg16`."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ SCALE = 100.0
 class RandomVgg16(FeatureExtractorBase):  # type: ignore[misc]
     """Spatial means of VGG16's third block with random weights, ``[b, 3, H, W] uint8 -> [b, 256]``.
 
-    Naeem et al. (2020) use a random VGG16 for pictures unlike ImageNet's. It sees them as they are, not resized, and
-    stops at a quarter of their size, where pictures of 32 px still have structure.
+    Naeem et al. (2020) use a random VGG16 for images unlike ImageNet's. It sees them as they are, not resized, and
+    stops at a quarter of their size, where images of 32 px still have structure.
     """
 
     def __init__(self, name: str, features_list: list[str], **_: Any) -> None:

@@ -27,14 +27,14 @@ AGREED, MASK_ONLY, TRUTH_ONLY = (15, 139, 141), (240, 120, 40), (122, 70, 200)
 
 ZOOM_SHARE, MIN_ZOOM = 1 / 4, 12
 LOSSY_FROM = 256
-"""Side in pixels from which pictures are compressed with loss."""
+"""Side in pixels from which images are compressed with loss."""
 
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture of a sample, and what it is."""
+    """An image of a sample, and what it is."""
 
     label: str
     uri: str
@@ -109,7 +109,7 @@ def _headline(results: Mapping[str, Any], truth: str | None) -> list[tuple[str, 
     for name, title in (("fid", "FID"), ("frechet_distance", "Fréchet distance")):
         if name in images:
             tiles.append((title, f"{images[name]:.4g}", f"foregrounds, {psi}"))
-    tiles.append(("Foreground", f"{at['area_mean']:.0%}", f"of a picture, ± {at['area_std']:.0%}"))
+    tiles.append(("Foreground", f"{at['area_mean']:.0%}", f"of an image, ± {at['area_std']:.0%}"))
     return tiles
 
 
@@ -147,7 +147,7 @@ def _strips(
 
 
 def _tiles(out: GeneratorOutput, i: int, mask: NDArray[np.bool_], true: NDArray[np.bool_] | None) -> tuple[Tile, ...]:
-    """Pictures of sample `i`; its mask and that of the pseudo ground truth are thresholded."""
+    """Images of sample `i`; its mask and that of the pseudo ground truth are thresholded."""
     foreground, composite = (
         to_uint8(images[i : i + 1])[0].permute(1, 2, 0).cpu().numpy() for images in (out.foreground, out.composite)
     )

@@ -23,7 +23,7 @@ def describe(
 
     Args:
         plan: of the evaluation.
-        shard_set: the real pictures.
+        shard_set: the real images.
         psis: truncations.
         extractor: of features; None where image metrics were left out.
         missing: why, if not by wish.
@@ -91,11 +91,11 @@ def generated_figures(
 
 
 def real_figures(real: Real | None, fitted: MaskMetrics | None) -> dict[str, Any]:
-    """Figures on real pictures.
+    """Figures on real images.
 
     Args:
         real: what was measured.
-        fitted: the fitted segmenter's own, on pictures that it was not fitted on.
+        fitted: the fitted segmenter's own, on images that it was not fitted on.
     """
     truths = {} if fitted is None else {"fitted": asdict(fitted)}
     if real is None:

@@ -16,7 +16,7 @@ SEGMENTER_VERSION = 1
 """Raised when the network or its fit changes, so that no stale one is taken from a cache."""
 
 MAX_RESOLUTION = 128
-"""Larger pictures are segmented at this resolution; the threshold's contour needs no more."""
+"""Larger images are segmented at this resolution; the threshold's contour needs no more."""
 
 HELD_OUT_EVERY = 8
 BATCH = 32
@@ -75,7 +75,7 @@ def shrink(x: Tensor) -> Tensor:
 def fit_segmenter(
     images: Tensor, alphas: Tensor, *, num_steps: int, seed: int, device: torch.device, progress: bool = False
 ) -> tuple[Segmenter, MaskMetrics]:
-    """Fit on true alpha, holding out every eighth image.
+    """Fit on ground-truth alpha, holding out every eighth image.
 
     Args:
         images: ``[N, 3, R, R]`` uint8.

@@ -125,7 +125,7 @@ def _masks(results: Mapping[str, Any]) -> Table:
         "Over all pixels of all samples. In the paper's tables the accuracy equals the foreground's IoU in every row; "
         "both that and the true share of right pixels are given. Published rows are the paper's own figures"
     )
-    note += "." if comparable else ", of other pictures and another pseudo ground truth: not comparable."
+    note += "." if comparable else ", of other images and another pseudo ground truth: not comparable."
     return Table(
         "Masks of generated foregrounds",
         ("method", "pictures", "pseudo ground truth", "psi", *MASK_COLUMNS),
@@ -148,7 +148,7 @@ def _images(results: Mapping[str, Any]) -> Table:
     if features:
         note = (
             f"{results['settings']['num_samples']:,} generated against all {results['data']['num_images']:,} training "
-            f"pictures, not mirrored; features of {features['extractor']}, layer {features['layer']}; resize "
+            f"images, not mirrored; features of {features['extractor']}, layer {features['layer']}; resize "
             f"{features['resize']}."
         )
         if results["settings"]["num_samples"] < published.NUM_SAMPLES:
@@ -161,7 +161,7 @@ def _images(results: Mapping[str, Any]) -> Table:
         elif not features["is_inception"]:
             note += " Not Inception's: comparable with no published FID."
     columns = ("method", "pictures", "kind", "psi", *(IMAGE_COLUMNS[name] for name in names))
-    return Table("Generated against real pictures", columns, 4, tuple(rows), note)
+    return Table("Generated against real images", columns, 4, tuple(rows), note)
 
 
 def _soft(results: Mapping[str, Any]) -> Table:
@@ -185,11 +185,11 @@ def _mask_pred(results: Mapping[str, Any]) -> Table:
     real = results["real"]
     rows = [Row((_truth_name(truth), *mask_cells(figures))) for truth, figures in real["mask_pred"].items()]
     return Table(
-        "The mask predictor on real pictures",
-        ("held against", *MASK_COLUMNS),
+        "The mask predictor on real images",
+        ("compared with", *MASK_COLUMNS),
         1,
         tuple(rows),
-        f"The discriminator's own 16x16 masks of {real['num_images']:,} real pictures.",
+        f"The discriminator's own 16x16 masks of {real['num_images']:,} real images.",
     )
 
 
@@ -200,7 +200,7 @@ def _pseudo_truth(results: Mapping[str, Any]) -> Table:
         ("pseudo ground truth", *MASK_COLUMNS),
         1,
         tuple(rows),
-        "Against true alpha, on real pictures; the fitted segmenter on those that it was not fitted on.",
+        "Against ground-truth alpha, on real images; the fitted segmenter on those that it was not fitted on.",
     )
 
 
@@ -221,7 +221,7 @@ def real_table(figures: Mapping[str, float], num_photos: int, distance: str) -> 
 
 
 def _truth_name(truth: str) -> str:
-    return "true alpha" if truth == "alpha" else truth
+    return "ground-truth alpha" if truth == "alpha" else truth
 
 
 def mask_cells(figures: Mapping[str, float], digits: int = 3) -> Sequence[str]:

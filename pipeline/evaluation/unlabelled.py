@@ -28,7 +28,7 @@ CHUNK = 64
 THRESHOLD = 0.5
 EPSILON = 1e-6
 FAR = 10.0
-"""Distance of the foregrounds at which `Parts.fidelity` is 1/2, in units of the real pictures' own spread."""
+"""Distance of the foregrounds at which `Parts.fidelity` is 1/2, in units of the real images' own spread."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Parts:
     """Of the score, each in [0, 1].
 
     Attributes:
-        fidelity: foregrounds look like the real pictures: ``10 t / (10 t + d)`` for their Fréchet distance d by the
+        fidelity: foregrounds look like the real images: ``10 t / (10 t + d)`` for their Fréchet distance d by the
             features of a random VGG16 and the trace t of the covariance of the real features. Without the dual fake
-            input, or with masks of nothing, foregrounds are no pictures at all; finer differences are left out.
+            input, or with masks of nothing, foregrounds are no images at all; finer differences are left out.
         separation: share of the foreground's variance of colours that lies between inside and outside of the mask,
-            mean over the pictures. A mask that is full, empty or cuts through the object separates little.
-        inside: share of the picture's border that is left free by the mask: objects lie inside, surroundings do not.
+            mean over the images. A mask that is full, empty or cuts through the object separates little.
+        inside: share of the image's border that is left free by the mask: objects lie inside, surroundings do not.
         agreement: mIoU of the masks with what the discriminator's mask predictor sees in the foregrounds, at 16x16;
             None without a predictor.
     """
@@ -67,7 +67,7 @@ class UnlabelledJudge:
     """Measures the score of a training, on its first rank; the others wait.
 
     Args:
-        shard_set: of its pictures.
+        shard_set: of its images.
         seed: of latents and noise.
         device: to measure on.
     """
@@ -123,7 +123,7 @@ class UnlabelledJudge:
 
 
 def separation(images: Tensor, mask: Tensor) -> Tensor:
-    """Share of the variance of the colours of each picture that lies between inside and outside of its mask.
+    """Share of the variance of the colours of each image that lies between inside and outside of its mask.
 
     Args:
         images: ``[b, 3, R, R]``.
@@ -143,6 +143,6 @@ def separation(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def border_share(mask: Tensor) -> Tensor:
-    """Share of the picture's outermost pixels that the mask covers, ``[b, 1, R, R] -> [b]``."""
+    """Share of the image's outermost pixels that the mask covers, ``[b, 1, R, R] -> [b]``."""
     rows = torch.cat([mask[:, 0, 0], mask[:, 0, -1], mask[:, 0, 1:-1, 0], mask[:, 0, 1:-1, -1]], dim=1)
     return rows.mean(dim=1)

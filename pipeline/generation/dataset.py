@@ -24,12 +24,12 @@ class Dataset(Kind):
     count: int = 10_000
     """How many."""
     samples_per_shard: int = 1024
-    """Pictures per tar."""
+    """Images per tar."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples_per_shard < 1:
-            raise UserError(f"--samples-per-shard {self.samples_per_shard} is impossible: give 1 or more")
+            raise UserError(f"--samples-per-shard {self.samples_per_shard} is invalid: give 1 or more")
 
     def write(self, sampler: Sampler, out: Path) -> None:
         """See `Kind.write`."""

@@ -30,7 +30,7 @@ class Grid(Kind):
 
 
 def write_grid(sampler: Sampler, count: int, labels: Sequence[str], out: Path, name: str) -> None:
-    """One column a sample, one row a kind of picture, panels of eight.
+    """One column a sample, one row a kind of image, panels of eight.
 
     Args:
         sampler: of the samples.

@@ -50,7 +50,7 @@ class Interpolate(Kind):
             raise UserError(f"--count {self.count} leaves nothing between: give 2 or more")
         for option, value, low in (("frames", self.frames, STRIP_COLUMNS - 1), ("fps", self.fps, 1)):
             if value < low:
-                raise UserError(f"--{option} {value} is impossible: give {low} or more")
+                raise UserError(f"--{option} {value} is invalid: give {low} or more")
 
     def write(self, sampler: Sampler, out: Path) -> None:
         """See `Kind.write`: ``strips.png`` and ``film.gif`` or ``film.mp4``."""
@@ -84,7 +84,7 @@ class Interpolate(Kind):
 
 
 def _film(rows: Sequence[NDArray[np.uint8]]) -> list[Image.Image]:
-    """The kinds of picture side by side, enlarged by a whole factor; even sides, as video codecs want them."""
+    """The kinds of image side by side, enlarged by a whole factor; even sides, as video codecs want them."""
     size = rows[0].shape[1]
     cell = size * -(-CELL * FILM_SCALE // size)
     frames = []

@@ -32,9 +32,9 @@ class Kind(ABC):
     count: int = 16
     """How many."""
     seed: int = 0
-    """Of latents and noise: the same seed, the same pictures."""
+    """Of latents and noise: the same seed, the same images."""
     psi: float = 1.0
-    """Truncation: less than 1 gives up variety for typical pictures."""
+    """Truncation: less than 1 gives up variety for typical images."""
     noise: NoiseMode = "random"
     """Per-pixel noise: of each sample's own, const for all the same, or none."""
     checkpoint: str = "best"
@@ -52,11 +52,11 @@ class Kind(ABC):
         """
         for option, value in (("count", self.count), ("batch", self.batch)):
             if value < 1:
-                raise UserError(f"--{option} {value} is impossible: give 1 or more")
+                raise UserError(f"--{option} {value} is invalid: give 1 or more")
         if not math.isfinite(self.psi):
-            raise UserError(f"--psi {self.psi} is impossible: give a number, such as 0.7")
+            raise UserError(f"--psi {self.psi} is invalid: give a number, such as 0.7")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed} is impossible: give 0 to {2**32 - 1}")
+            raise UserError(f"--seed {self.seed} is invalid: give 0 to {2**32 - 1}")
 
     def make(self) -> Path:
         """Write it, whole or not at all, and say where it is.

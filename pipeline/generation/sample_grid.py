@@ -11,7 +11,7 @@ from torch import Tensor
 from models.generator import FurryGenerator, GeneratorOutput
 
 CELL = 96
-"""Least side of a picture in the grid, in pixels; smaller ones are enlarged by a whole factor."""
+"""Least side of an image in the grid, in pixels; smaller ones are enlarged by a whole factor."""
 
 PSIS = (1.0, 0.7)
 """Truncations, one panel each."""
@@ -47,7 +47,7 @@ PICTURES: Mapping[str, Callable[[GeneratorOutput], Tensor]] = {
 def sample_column(
     generator: FurryGenerator, z: Tensor, noise: Tensor, *, fade_in: float, psis: Sequence[float] = PSIS
 ) -> Pictures:
-    """Make the pictures of one latent, ``[len(psis), len(ROWS), R, R, 3]``.
+    """Make the images of one latent, ``[len(psis), len(ROWS), R, R, 3]``.
 
     Args:
         generator: usually the EMA.
@@ -61,7 +61,7 @@ def sample_column(
 
 
 def draw_grid(columns: Sequence[Pictures], *, psis: Sequence[float] = PSIS) -> Image.Image:
-    """Draw one column a latent and, for each truncation psi, one row a kind of picture.
+    """Draw one column a latent and, for each truncation psi, one row a kind of image.
 
     Args:
         columns: of `sample_column`.
@@ -86,7 +86,7 @@ def to_uint8_pictures(pictures: Tensor) -> Pictures:
 
 
 def draw_panel(rows: Sequence[Pictures] | Pictures, labels: Sequence[str], *, title: str) -> Image.Image:
-    """Draw rows of pictures ``[N, R, R, 3]``, with a label on the left of each, under a title."""
+    """Draw rows of images ``[N, R, R, 3]``, with a label on the left of each, under a title."""
     count, size = rows[0].shape[:2]
     factor = -(-CELL // size)
     cell = size * factor

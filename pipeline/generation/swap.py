@@ -20,7 +20,7 @@ from pipeline.methods.randomness import Stream
 
 @dataclass(frozen=True, kw_only=True)
 class Swap(Kind):
-    """Each foreground on the same backgrounds, generated ones or pictures of yours (figure 5)."""
+    """Each foreground on the same backgrounds, generated ones or images of yours (figure 5)."""
 
     name = "swap"
     suffix = ".png"
@@ -30,12 +30,12 @@ class Swap(Kind):
     num_backgrounds: int = 7
     """How many backgrounds; of a folder, the first so many by name."""
     backgrounds: Path | None = None
-    """Folder of pictures to use as backgrounds; generated ones by default."""
+    """Folder of images to use as backgrounds; generated ones by default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_backgrounds < 1:
-            raise UserError(f"--num-backgrounds {self.num_backgrounds} is impossible: give 1 or more")
+            raise UserError(f"--num-backgrounds {self.num_backgrounds} is invalid: give 1 or more")
 
     def write(self, sampler: Sampler, out: Path) -> None:
         """See `Kind.write`."""
@@ -60,9 +60,9 @@ class Swap(Kind):
 
 
 def _read(folder: Path, num: int, sampler: Sampler) -> Tensor:
-    """The first pictures of a folder ``[n, 3, R, R]`` in [-1, 1]."""
+    """The first images of a folder ``[n, 3, R, R]`` in [-1, 1]."""
     images = []
-    for name in picture_names(existing_folder(folder, "give a folder of pictures as --backgrounds"))[:num]:
+    for name in picture_names(existing_folder(folder, "give a folder of images as --backgrounds"))[:num]:
         try:
             sample, _ = fit(read_picture(folder / name), sampler.run.config.resolution)
         except BrokenPictureError as error:

@@ -1,6 +1,6 @@
-"""What photographs may look like and a generator's pictures do not: geometry, colour, blur, noise, JPEG.
+"""What photographs may look like and a generator's images do not: geometry, colour, blur, noise, JPEG.
 
-All numbers are drawn from the `torch.Generator` given, for each picture apart.
+All numbers are drawn from the `torch.Generator` given, for each image apart.
 """
 
 import io
@@ -14,14 +14,14 @@ from torch import Tensor
 MAX_ROTATION = math.radians(15)
 MAX_ZOOM = 4 / 3
 MAX_SHIFT = 0.12
-"""Of the picture's side."""
+"""Of the image's side."""
 MAX_BLUR = 1 / 64
-"""Standard deviation, of the picture's side: 4 px at 256."""
+"""Standard deviation, of the image's side: 4 px at 256."""
 MAX_NOISE = 0.06
-"""Standard deviation, where pictures are in [-1, 1]."""
+"""Standard deviation, where images are in [-1, 1]."""
 MIN_JPEG_QUALITY, MAX_JPEG_QUALITY = 50, 95
 SHARE = 0.5
-"""Of the pictures that get each of blur, noise and JPEG."""
+"""Of the images that get each of blur, noise and JPEG."""
 
 
 def augment_geometry(x: Tensor, rng: torch.Generator, *, mirror: bool = True) -> Tensor:

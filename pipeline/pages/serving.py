@@ -15,7 +15,7 @@ def check_port(port: int) -> None:
         UserError: there cannot.
     """
     if not 0 <= port <= 65535:
-        raise UserError(f"--port {port} is impossible: give 0 to 65535")
+        raise UserError(f"--port {port} is invalid: give 0 to 65535")
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""All ways to segment a real picture, held against true alpha: how good, and how fast."""
+"""All ways to segment a real image, compared with ground-truth alpha: how good, and how fast."""
 
 import contextlib
 import time
@@ -47,9 +47,9 @@ class Comparison:
     run: Path
     """Run directory, with what distill.py made in it."""
     data: Path | None = None
-    """Shards with true alpha that the run has not seen. A run on furballs has new ones drawn by default."""
+    """Shards with ground-truth alpha that the run has not seen. A run on furballs has new ones drawn by default."""
     count: int = 200
-    """How many pictures, the first ones."""
+    """How many images, the first ones."""
     checkpoint: str = "best"
     """best, latest, or a checkpoint file."""
     spaces: tuple[Space, ...] = ("w",)
@@ -61,9 +61,9 @@ class Comparison:
     yardsticks: tuple[str, ...] = ()
     """Supervised networks to measure besides, as evaluate.py's --pseudo-gt: u2netp=FILE, ..."""
     supervised_steps: int = 1000
-    """Of a network like the distilled one, fitted on the true alpha of the run's own shards; 0 for none."""
+    """Of a network like the distilled one, fitted on the ground-truth alpha of the run's own shards; 0 for none."""
     batch: int = 50
-    """Pictures at a time for the projector; the others get one at a time."""
+    """Images at a time for the projector; the others get one at a time."""
     seed: int = 0
     """Of projector and fit."""
 
@@ -80,12 +80,12 @@ class Comparison:
             ("supervised-steps", self.supervised_steps, 0),
         ):
             if value < low:
-                raise UserError(f"--{name} {value} is impossible: give {low} or more")
+                raise UserError(f"--{name} {value} is invalid: give {low} or more")
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One way's scores, what it costs, and its alpha ``[n, 1, R, R]`` of the first pictures."""
+    """One way's scores, what it costs, and its alpha ``[n, 1, R, R]`` of the first images."""
 
     name: str
     scores: MaskScores
@@ -100,7 +100,7 @@ def compare(comparison: Comparison, out: Path) -> str:
         The table in Markdown.
 
     Raises:
-        UserError: the run, its distilled network or the pictures cannot be used, or `out` exists.
+        UserError: the run, its distilled network or the images cannot be used, or `out` exists.
     """
     check_new(out)
     device = this_device()
@@ -128,10 +128,10 @@ def compare(comparison: Comparison, out: Path) -> str:
 
 
 def _ways(comparison: Comparison, run: TrainedRun, device: torch.device) -> list[tuple[str, int, Masks]]:
-    """Name, pictures at a time, and the function of each way."""
+    """Name, images at a time, and the function of each way."""
     distilled = load_network(comparison.run / "distilled" / "network.pt", device)
     if distilled.resolution != run.config.resolution:
-        raise UserError(f"{comparison.run / 'distilled'} is of {distilled.resolution} px: make it anew by distill.py")
+        raise UserError(f"{comparison.run / 'distilled'} is of {distilled.resolution} px: make it again by distill.py")
     distance = choose_distance(run.discriminator, comparison.lpips_backbone, device)
     ways: list[tuple[str, int, Masks]] = []
     for space in comparison.spaces:
@@ -151,7 +151,7 @@ def _ways(comparison: Comparison, run: TrainedRun, device: torch.device) -> list
         ways.append((f"{name} (supervised elsewhere)", 1, _one_by_one(segmentation)))
     if comparison.supervised_steps:
         supervised = _fit_supervised(comparison, run, device)
-        ways.append(("the same network on true alpha", 1, _one_by_one(supervised)))
+        ways.append(("the same network on ground-truth alpha", 1, _one_by_one(supervised)))
     return ways
 
 
@@ -186,14 +186,16 @@ def _fit_supervised(comparison: Comparison, run: TrainedRun, device: torch.devic
 
 
 def _held_out(comparison: Comparison, run: TrainedRun) -> ShardSet:
-    """Pictures with true alpha that the run has not seen."""
+    """Images with ground-truth alpha that the run has not seen."""
     if comparison.data is not None:
         shard_set = ShardSet.open(comparison.data, resolution=run.config.resolution)
         if not shard_set.has_alpha:
-            raise UserError(f"--data {comparison.data} has no true alpha: give a set that has")
+            raise UserError(f"--data {comparison.data} has no ground-truth alpha: give a set that has")
         return shard_set
     if run.config.data is not None:
-        raise UserError("the run was trained on shards of yours: give --data with others of the kind, with true alpha")
+        raise UserError(
+            "the run was trained on shards of yours: give --data with others of the kind, with ground-truth alpha"
+        )
     path = furballs_shards(
         run.config.cache_dir,
         resolution=run.config.resolution,
@@ -231,12 +233,12 @@ def _wait(device: torch.device) -> None:
 
 
 def _picture(measured: list[Measured], pictures: RealPictures, samples: range) -> Image.Image:
-    """The first pictures, their true alpha, and that of each way."""
+    """The first images, their ground-truth alpha, and that of each way."""
     rows = [to_uint8_pictures(pictures.images(samples).float() / 127.5 - 1)]
     alphas = [pictures.alphas(samples), *(way.shown for way in measured)]
     rows += [to_uint8_pictures(alpha * 2 - 1) for alpha in alphas]
-    labels = ["real picture", "true alpha", *(way.name for way in measured)]
-    return draw_panel(rows, labels, title="Alpha of real pictures that the run has not seen")
+    labels = ["real image", "ground-truth alpha", *(way.name for way in measured)]
+    return draw_panel(rows, labels, title="Alpha of real images that the run has not seen")
 
 
 def _table(measured: list[Measured], count: int, run: TrainedRun, distance: str) -> str:
@@ -251,10 +253,10 @@ def _table(measured: list[Measured], count: int, run: TrainedRun, distance: str)
         )
         rows.append(Row((way.name, *cells, f"{way.seconds_per_photo:.4f}")))
     note = (
-        f"{count:,} real pictures of {run.config.resolution} px that the run has not seen, against their true alpha; "
-        f"SAD in thousands, mean over the pictures. The projector minimises: {distance}. Networks get one picture at a "
+        f"{count:,} real images of {run.config.resolution} px that are new to the run, against ground-truth alpha; "
+        f"SAD in thousands, mean over the images. The projector minimises: {distance}. Networks get one image at a "
         f"time, the projector many at once. Time on {torch.get_num_threads()} CPU thread(s)"
         f"{' and a GPU' if torch.cuda.is_available() else ''}."
     )
     columns = ("", "IoU fg/bg", "mIoU", "SAD", "MSE (10⁻³)", "seconds a photo")
-    return markdown_table(Table(f"Real pictures, {run.run_dir.resolve().name}", columns, 1, tuple(rows), note))
+    return markdown_table(Table(f"Real images, {run.run_dir.resolve().name}", columns, 1, tuple(rows), note))

@@ -19,7 +19,7 @@ from data_shards.sources.source import picture_names
 GUIDE_RADIUS = 1
 GUIDE_EPSILON = 1e-3
 COARSE_SHARE, FINE_SHARE = 1 / 8, 1 / 64
-"""Radius of the two passes of `foreground_colours`, of the picture's longer side."""
+"""Radius of the two passes of `foreground_colours`, of the image's longer side."""
 
 
 def find_photos(given: Sequence[Path]) -> list[Path]:
@@ -49,12 +49,12 @@ def read_photo(path: Path) -> NDArray[np.uint8]:
     """``[H, W, 3]``, upright; what is transparent is shown on white.
 
     Raises:
-        UserError: it is no picture, is cut off, or has more pixels than Pillow's limit.
+        UserError: it is no image, is cut off, or has more pixels than Pillow's limit.
     """
     try:
         return np.asarray(read_picture(path).image)
     except BrokenPictureError as error:
-        raise UserError(f"{path} cannot be used: {error}; give another picture") from None
+        raise UserError(f"{path} cannot be used: {error}; give another image") from None
 
 
 def check_outputs_new(photos: Sequence[Path], out: Path, kinds: Sequence[str]) -> None:
@@ -115,14 +115,14 @@ def matte(network: Callable[[Tensor], Tensor], image: Tensor, *, resolution: int
 
 
 def guided_upsample(alpha: Tensor, seen: Tensor, image: Tensor) -> Tensor:
-    """An alpha brought to a larger size: locally, alpha is a linear function of the picture's three colours.
+    """An alpha brought to a larger size: locally, alpha is a linear function of the image's three colours.
 
     Of all three, as on a textured ground luminance alone would carry the texture into alpha.
 
     Args:
         alpha: ``[1, 1, h, w]``.
-        seen: the picture at that size ``[1, 3, h, w]``.
-        image: the picture ``[1, 3, H, W]``.
+        seen: the image at that size ``[1, 3, h, w]``.
+        image: the image ``[1, 3, H, W]``.
 
     Returns:
         ``[1, 1, H, W]`` in [0, 1].

@@ -62,7 +62,7 @@ class Project:
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise UserError(f"--batch {self.batch} is impossible: give 1 or more")
+            raise UserError(f"--batch {self.batch} is invalid: give 1 or more")
 
     def __call__(self) -> None:
         """Project all photos."""

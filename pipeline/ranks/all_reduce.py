@@ -15,7 +15,7 @@ from pipeline.ranks.engine import Engine
 class AllReduceEngine(Engine):
     """Gradients are averaged by one all-reduce after the backward pass.
 
-    DDP does it while the backward pass goes on, from hooks on the host that a CUDA graph does not replay. On eight H100
+    DDP does it during the backward pass, from hooks on the host that a CUDA graph does not replay. On eight H100
     the all-reduce takes 2 % of a step of 16 images each (docs/scaling.md).
 
     Args:

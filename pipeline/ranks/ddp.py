@@ -11,7 +11,7 @@ from pipeline.ranks.engine import Engine
 
 
 class DdpEngine(Engine):
-    """Gradients are averaged in the backward pass, while it goes on; on one rank nothing is.
+    """Gradients are averaged during the backward pass; on one rank nothing is.
 
     Args:
         network: whose parameters move.

@@ -34,5 +34,5 @@ def refuse_drift(networks: Mapping[str, nn.Module], agreement: Agreement, iterat
         if differing := [str(rank) for rank, other in enumerate(others, start=1) if other[i] != first[i]]:
             raise DriftError(
                 f"{name} of rank 0 differs from that of rank {' and '.join(differing)} at iteration {iteration}: the "
-                "ranks have drifted apart; go on from the last checkpoint, on machines with the same software and GPUs"
+                "ranks have drifted apart; resume from the last checkpoint, on machines with the same software and GPUs"
             )

@@ -26,7 +26,7 @@ GRACE_S = 20.0
 """Left to a rank to end by itself after another one has failed: it may be writing a checkpoint."""
 NUM_PROBES = 5
 
-ADVICE = "every rank ends, and the last checkpoint is whole: go on from there"
+ADVICE = "every rank ends, and the last checkpoint is whole: resume from there"
 
 
 @dataclass(frozen=True)

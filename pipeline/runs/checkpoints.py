@@ -54,7 +54,7 @@ def serialise(state: dict[str, Any], file: BinaryIO) -> None:
 
 
 def copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as it is now, in host memory: training may go on while the copy is written."""
+    """The state as it is now, in host memory: training may resume while the copy is written."""
     copied: dict[str, Any] = tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), state)
     return copied
 
@@ -66,7 +66,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         UserError: the file is missing, damaged, or not a checkpoint.
     """
     if not path.is_file():
-        raise UserError(f"checkpoint {path} is missing: give an existing one, or leave --resume out to start anew")
+        raise UserError(f"checkpoint {path} is missing: give an existing one, or leave --resume out to start again")
     digest = _digest_path(path)
     if digest.is_file() and _sha256(path) not in digest.read_text().split():
         raise UserError(f"checkpoint {path} is damaged (its sha256 is not that of {digest.name}): use another one")

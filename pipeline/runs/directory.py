@@ -1,4 +1,4 @@
-"""What a run keeps on disk, where, and whether a configuration may go on with it.
+"""What a run keeps on disk, where, and whether a configuration may resume it.
 
 ``runs/NAME/`` holds `config.yaml`, `metrics.jsonl`, `samples/`, `checkpoints/` and, at the end, `summary.json`.
 """
@@ -30,7 +30,7 @@ FREE_TO_CHANGE = (
     *("log.", "evaluation."),
 )
 """Fields that leave the numbers of the iterations already done as they are. Where `fetched_gb` would change the order
-of the pictures, the loader refuses its state."""
+of the images, the loader refuses its state."""
 
 
 def name_run(config: Config) -> Config:
@@ -47,7 +47,7 @@ def name_run(config: Config) -> Config:
 
 
 def check_same_run(config: Config, run_dir: Path) -> None:
-    """Whether `config` may go on with what `run_dir` holds; anything goes if that is nothing.
+    """Whether `config` may resume what `run_dir` holds; anything goes if that is nothing.
 
     Raises:
         UserError: `run_dir` or one above it is a file, or it holds a run of another configuration.
@@ -66,7 +66,7 @@ def check_same_run(config: Config, run_dir: Path) -> None:
     if changed:
         raise UserError(
             f"{run_dir} holds a run of another configuration ({'; '.join(changed)}): "
-            "choose another --run-dir, or go on with that run by --resume and without these overrides"
+            "choose another --run-dir, or resume that run by --resume and without these overrides"
         )
 
 
@@ -109,7 +109,7 @@ def load_newest_whole(run_dir: Path) -> dict[str, Any] | None:
         except UserError as error:
             logger.warning("%s; trying the one before", error)
     if paths:
-        raise UserError(f"no checkpoint in {run_dir / 'checkpoints'} can be read: start anew in another --run-dir")
+        raise UserError(f"no checkpoint in {run_dir / 'checkpoints'} can be read: start again in another --run-dir")
     return None
 
 

@@ -45,7 +45,7 @@ METRICS_AT_ONCE = 1000
 """The most that MLflow takes in a request."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-"""How a run ended, in MLflow's words. One that was killed may go on later."""
+"""How a run ended, in MLflow's words. One that was killed may be resumed later."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of ``samples/``.
+    """An image of ``samples/``.
 
     Attributes:
         path: of its file.
@@ -79,7 +79,7 @@ class Picture:
 
 
 class MlflowMirror:
-    """Keeps an MLflow run like its run directory: metrics over images seen, configuration as params, pictures by step.
+    """Keeps an MLflow run like its run directory: metrics over images seen, configuration as params, images by step.
 
     A thread of its own does it. A store that does not answer is tried again, and holds nothing up.
 
@@ -87,7 +87,7 @@ class MlflowMirror:
         config: names the store and the experiment.
         run_dir: of the run; its name becomes the MLflow run's.
         rows: that the directory holds already.
-        pictures: likewise.
+        images: likewise.
     """
 
     def __init__(self, config: Config, run_dir: Path, rows: Iterable[Row], pictures: Iterable[Picture]) -> None:
@@ -167,7 +167,7 @@ class MlflowMirror:
             reason = why(error)
             if self._failure is None:
                 logger.warning(
-                    "MLflow at %s does not answer (%s): training goes on, and what it misses is sent when it does",
+                    "MLflow at %s does not answer (%s): training continues, and what it misses is sent when it does",
                     *(hide_password(self._uri), reason),
                 )
             self._failure, self._behind = reason, True
@@ -196,7 +196,7 @@ class MlflowMirror:
         if missing:
             client.log_batch(self._run_id, params=missing)
         names = (Path(file.path).name for file in client.list_artifacts(self._run_id, "images"))
-        # MLflow writes a small copy of a picture after the picture itself.
+        # MLflow writes a small copy of an image after the image itself.
         self._pictures_there = {name.split("+timestamp+")[0] for name in names if name.endswith("+compressed.webp")}
         self._steps_there = {}
         self._client = client
@@ -388,4 +388,4 @@ def why(error: BaseException) -> str:
 
 def _count(num_rows: int, num_pictures: int) -> str:
     rows = f"{num_rows} row{'' if num_rows == 1 else 's'} of metrics"
-    return f"{rows} and {num_pictures} picture{'' if num_pictures == 1 else 's'}"
+    return f"{rows} and {num_pictures} image{'' if num_pictures == 1 else 's'}"

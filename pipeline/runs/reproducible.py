@@ -17,7 +17,7 @@ def make_repeatable(num_threads: int) -> None:
         UserError: they are fewer than none.
     """
     if num_threads < 0:
-        raise UserError(f"--num-threads {num_threads} is impossible: give 0 or more")
+        raise UserError(f"--num-threads {num_threads} is invalid: give 0 or more")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(num_threads or max(1, available // local_processes))

@@ -1,4 +1,4 @@
-"""The pictures of a run: the shards that its configuration names, or the built-in ones."""
+"""The images of a run: the shards that its configuration names, or the built-in ones."""
 
 import os
 

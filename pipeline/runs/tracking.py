@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: metrics.jsonl and samples/ always, MLflow besides.
+"""Where a run's numbers and images go: metrics.jsonl and samples/ always, MLflow besides.
 
 Metric names are ``group/name``. The groups: ``loss/<phase>_<term>``, ``grad_norm/<network>``, ``mask`` (generated),
 ``mask_pred_real`` (the mask predictor on real images), ``score`` (the discriminator's logits), ``speed``, ``memory``,
@@ -36,11 +36,11 @@ class Tracker(Protocol):
         """A row of scalars."""
 
     def log_image(self, image: Image.Image, key: str, *, images_seen: int) -> None:
-        """A picture of a series named `key`."""
+        """An image of a series named `key`."""
 
 
 class RunFiles:
-    """Rows in ``metrics.jsonl``, pictures in ``samples/``.
+    """Rows in ``metrics.jsonl``, images in ``samples/``.
 
     Args:
         run_dir: of the run.
@@ -52,7 +52,7 @@ class RunFiles:
         self._unwritten = b""
 
     def drop_after(self, iteration: int) -> None:
-        """Drop the rows beyond an iteration, of a run that was cut off and goes on there.
+        """Drop the rows beyond an iteration, of a run that was cut off and resumes there.
 
         Raises:
             SaveError: the directory cannot be written to.
@@ -110,7 +110,7 @@ class RunFiles:
         self._unwritten = b""
 
     def write_picture(self, image: Image.Image, key: str, *, images_seen: int) -> Picture:
-        """Save a picture.
+        """Save an image.
 
         Raises:
             SaveError: it could not be.
@@ -146,7 +146,7 @@ class RunTracker:
         self._background.submit(self._write_row, Row(images_seen, now_ms(), figures), iteration)
 
     def log_image(self, image: Image.Image, key: str, *, images_seen: int) -> None:
-        """A picture of a series named `key`."""
+        """An image of a series named `key`."""
         self._background.submit(self._write_picture, image, key, images_seen)
 
     def wait(self) -> None:
@@ -174,7 +174,7 @@ class RunTracker:
             if self._on_save_error == "stop":
                 raise
             if not self._rows_missing:
-                logger.warning("%s: training goes on, and the rows are kept until they can be", error)
+                logger.warning("%s: training continues, and the rows are kept until they can be", error)
             self._rows_missing = True
         if self._mirror is not None:
             self._mirror.add_row(row)
@@ -185,14 +185,14 @@ class RunTracker:
         except SaveError as error:
             if self._on_save_error == "stop":
                 raise
-            logger.warning("%s: training goes on without it", error)
+            logger.warning("%s: training continues without it", error)
             return
         if self._mirror is not None:
             self._mirror.add_picture(picture)
 
 
 def make_tracker(config: Config, run_dir: Path, *, iteration: int) -> RunTracker:
-    """The tracker of the main process, going on at `iteration`."""
+    """The tracker of the main process, resuming at `iteration`."""
     files, mirror = RunFiles(run_dir), None
     files.drop_after(iteration)
     if config.log.tracking_uri != "none":

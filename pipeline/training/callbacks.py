@@ -45,7 +45,7 @@ class Progress:
     """A bar with ETA, and the means of all metrics at every log interval.
 
     Args:
-        trainer: at the iteration where it goes on.
+        trainer: at the iteration where it resumes.
         tracker: takes the metrics on the main process; None elsewhere.
     """
 
@@ -119,7 +119,7 @@ class Progress:
 
 
 class SampleGrids:
-    """Grids of the EMA's pictures from fixed latents; each rank makes some of the columns.
+    """Grids of the EMA's images from fixed latents; each rank makes some of the columns.
 
     Args:
         trainer: gives latent sizes and device.
@@ -171,7 +171,7 @@ class Checkpoints:
         judge: of each rank, measures without labels; None: not wanted.
         best_miou: of the best checkpoint so far.
         seconds_before: training time before this process.
-        saved_iteration: of the checkpoint that training goes on from.
+        saved_iteration: of the checkpoint that training continues from.
         measured_iteration: of its mask metrics.
         on_measured: told of each measurement.
 
@@ -243,7 +243,7 @@ class Checkpoints:
             raise self._explained(self.unsaved)
 
     def _explained(self, error: SaveError) -> UserError:
-        return UserError(f"{error}; make room, and go on from the checkpoint before by --resume {self._run_dir}")
+        return UserError(f"{error}; make room, and resume from the checkpoint before by --resume {self._run_dir}")
 
     def _measure_and_save(self, trainer: Trainer, num_samples: int) -> None:
         measured = self._measure(trainer, num_samples)
@@ -287,7 +287,7 @@ class Checkpoints:
             if config.on_save_error == "stop":
                 raise self._explained(error) from None
             self.best_miou, self.unsaved = former_best, error
-            logger.warning("%s: training goes on, and tries again at the next checkpoint", error)
+            logger.warning("%s: training continues, and tries again at the next checkpoint", error)
             return
         self.unsaved = None
         prune_checkpoints(self._directory, config.keep_checkpoints)

@@ -94,6 +94,6 @@ class FiniteGuard:
                 what = f"loss {' and '.join(broken)}" if broken else f"averaged gradient of {check.phase}"
                 raise NonFiniteLossError(
                     f"{what} is not finite at iteration {check.iteration}; "
-                    "its step was not taken, and the last checkpoint is whole: go on from there with a lower "
+                    "its step was not taken, and the last checkpoint is whole: resume from there with a lower "
                     "--optimizer.learning-rate or a higher --loss.r1"
                 )

@@ -58,7 +58,7 @@ class Graphs:
         return recorded.result
 
     def forget(self) -> None:
-        """Record all anew: tensors that the graphs know by their addresses were replaced."""
+        """Record all again: tensors that the graphs know by their addresses were replaced."""
         self._recorded.clear()
 
     def _as_it_is(self, function: Callable[[Inputs], Any], inputs: Inputs) -> Any:

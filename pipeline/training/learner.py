@@ -66,7 +66,7 @@ class Learner:
     Args:
         config: sizes, losses, optimizers and seed.
         device: where the networks live.
-        scribbled: pictures with strokes on them, on that device; None for none.
+        scribbled: images with strokes on them, on that device; None for none.
     """
 
     def __init__(self, config: Config, device: torch.device, scribbled: Scribbled | None = None) -> None:
@@ -164,7 +164,7 @@ class Learner:
         self.guard.watch(phase.name, iteration, (f"{phase.name}_{name}" for name in measured.terms), measured.finite)
 
     def _gradients(self, phase: Phase, step: Step, num: int) -> "_MicroBatch":
-        """Add the gradients of a micro-batch, one of `num`; its pictures are gone when the next one begins."""
+        """Add the gradients of a micro-batch, one of `num`; its images are gone when the next one begins."""
         with self._modes(phase):
             result = phase.compute(step)
         self.engines[phase.trains].backward(result.loss / num)

@@ -128,7 +128,7 @@ def _restore(trainer: Trainer) -> Mapping[str, Any]:
     state = load_newest_whole(run_dir)
     if state is not None:
         trainer.load_state_dict(state)
-        logger.info("going on at iteration %d of %s", trainer.iteration, run_dir)
+        logger.info("resuming at iteration %d of %s", trainer.iteration, run_dir)
     return state or {}
 
 
@@ -204,7 +204,7 @@ def _fit(trainer: Trainer, tracker: RunTracker | None, checkpoints: Checkpoints,
             if checkpoints.unsaved is not None:
                 saved = f"not saved ({checkpoints.unsaved})"
             logger.info(
-                "%s: stopped after iteration %d, %s; go on with --resume %s",
+                "%s: stopped after iteration %d, %s; resume with --resume %s",
                 *(end.name, trainer.iteration, saved, run_dir),
             )
             raise
@@ -237,7 +237,7 @@ def _summary_lines(config: Config, summary: Mapping[str, float]) -> list[str]:
         if real:
             lines.append(f"mask predictor on real images:  {_figures(real)}")
     lines += [
-        f"pictures         {run_dir / 'samples'}",
+        f"images         {run_dir / 'samples'}",
         f"best checkpoint  {run_dir / 'checkpoints' / BEST}",
         f"metrics          {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}",
     ]

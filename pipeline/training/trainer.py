@@ -64,7 +64,7 @@ class Trainer:
         config: of the run.
         accelerator: from `make_accelerator`.
         loader: of this rank's real images.
-        scribbled: pictures with strokes on them; None for none.
+        scribbled: images with strokes on them; None for none.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Trainer:
         except SaveError as error:
             if log.on_save_error == "stop":
                 raise
-            logger.warning("%s: training goes on without the trace", error)
+            logger.warning("%s: training continues without the trace", error)
         else:
             logger.info("trace of iteration %d: %s, which ui.perfetto.dev opens", iteration, path)
 
@@ -188,7 +188,7 @@ class Trainer:
         self.meter.add((*names, *result.observed), result.values)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training needs to go on exactly.
+        """All that training needs to resume exactly.
 
         Schedules and random numbers are functions of the iteration and the seed (see
         `pipeline/methods/randomness.py`), so those two are their state. All ranks call it; rank 0's is complete.
@@ -214,7 +214,7 @@ class Trainer:
         if state.get("version") != CHECKPOINT_VERSION:
             raise UserError(
                 f"checkpoint is of version {state.get('version')}, this program reads {CHECKPOINT_VERSION}: "
-                "go on with the program that wrote it"
+                "resume with the program that wrote it"
             )
         self.loader.load_state_dict(state["loader"])
         self.iteration = state["iteration"]

@@ -52,10 +52,10 @@ def mask_consistency(mask_pred_foreground: Tensor, mask_pred_composite: Tensor) 
 
 
 def scribble(mask_pred: Tensor, strokes: Tensor) -> Tensor:
-    """L_scribble, trains D_m on real pictures with strokes; the paper's conclusion proposes such, without a formula.
+    """L_scribble, trains D_m on real images with strokes; the paper's conclusion proposes such, without a formula.
 
     Squared error of the prediction, bilinearly enlarged, at the pixels of the strokes. Foreground and background weigh
-    the same in each picture, however long their strokes are, and each picture the same; one without strokes is 0.
+    the same in each image, however long their strokes are, and each image the same; one without strokes is 0.
 
     Args:
         mask_pred: ``D_m [n, 1, 16, 16]``.
@@ -64,7 +64,7 @@ def scribble(mask_pred: Tensor, strokes: Tensor) -> Tensor:
     enlarged = F.interpolate(mask_pred, size=strokes.shape[-1], mode="bilinear", align_corners=False)
     error = torch.cat([1.0 - enlarged, enlarged], dim=1).square()
     num_pixels = strokes.sum(dim=(2, 3))
-    drawn = num_pixels >= 1.0  # less is the rim of a stroke that was moved out of the picture
+    drawn = num_pixels >= 1.0  # less is the rim of a stroke that was moved out of the image
     means = (error * strokes).sum(dim=(2, 3)) / num_pixels.clamp(min=1.0) * drawn
     return (means.sum(dim=1) / drawn.sum(dim=1).clamp(min=1)).mean()
 

@@ -34,7 +34,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Scribbled:
-    """Real pictures with strokes on them.
+    """Real images with strokes on them.
 
     Attributes:
         images: ``[n, 3, R, R]`` in [-1, 1].
@@ -46,7 +46,7 @@ class Scribbled:
     strokes: Tensor
 
     def taken(self, numbers: Iterable[int], *, seed: int, mirror: bool) -> "Scribbled":
-        """Pictures in turn, by running numbers from 0, each moved and tinted anew.
+        """Images in turn, by running numbers from 0, each moved and tinted again.
 
         As they are, a few that come over and over would be known by heart, and say nothing of all the others.
 
@@ -77,7 +77,7 @@ class Step:
         draw: latents and noise of the phase; None where its `stream` is None.
         area: what the phase's `survey` found, the mean over all micro-batches of all ranks; None where this is the only
             one of its rank.
-        scribbled: pictures with strokes, for ``B / 4`` of the samples; None where the run has none.
+        scribbled: images with strokes, for ``B / 4`` of the samples; None where the run has none.
         scheduled: what `schedules` says, ``[2]``, on the device: a CUDA graph is recorded once for many iterations.
     """
 
@@ -180,7 +180,7 @@ def d_main(step: Step) -> PhaseResult:
         fake = step.generate(step.networks.generator)
     images = [step.images, fake.composite, fake.foreground[b:]]
     if step.networks.discriminator.mask_predictor is not None:
-        # These foregrounds are no fakes: they only go as far as the mask predictor. Scribbled pictures likewise: a few
+        # These foregrounds are no fakes: they only go as far as the mask predictor. Scribbled images likewise: a few
         # that come over and over would be known by heart.
         images.append(fake.foreground[:b])
         if step.scribbled is not None:

@@ -1,6 +1,6 @@
 """Scribbles: a little human supervision for what is ambiguous, as the paper's conclusion proposes.
 
-A directory of a few pictures ``NAME.png`` (or .jpg, .webp, ...), square and of the run's resolution, each with
+A directory of a few images ``NAME.png`` (or .jpg, .webp, ...), square and of the run's resolution, each with
 ``NAME.scribble.png``: green strokes where the foreground is, red ones where the background is, the rest black or
 transparent.
 """
@@ -26,7 +26,7 @@ brush, say nothing."""
 
 
 def load_scribbles(directory: Path, resolution: int, device: torch.device) -> Scribbled:
-    """Read all pictures of a directory with their strokes, by their names.
+    """Read all images of a directory with their strokes, by their names.
 
     Raises:
         UserError: one is missing, cannot be read, is of another size, or has no stroke; the line names it.
@@ -36,10 +36,10 @@ def load_scribbles(directory: Path, resolution: int, device: torch.device) -> Sc
     drawn = {name.removesuffix(SUFFIX): name for name in names if name.endswith(SUFFIX)}
     photos = {str(Path(name).with_suffix("")): name for name in names if not name.endswith(SUFFIX)}
     if not drawn:
-        raise UserError(f"--scribbles {folder} has no NAME{SUFFIX}: draw strokes on a picture and save them so")
+        raise UserError(f"--scribbles {folder} has no NAME{SUFFIX}: draw strokes on an image and save them so")
     for stem, name in drawn.items():
         if stem not in photos:
-            raise UserError(f"{folder / name} belongs to no picture: put {stem}.png beside it")
+            raise UserError(f"{folder / name} belongs to no image: put {stem}.png beside it")
     images, strokes = [], []
     for stem in sorted(drawn):
         photo = _read(folder / photos[stem], resolution, lambda path: read_picture(path).image)
@@ -67,7 +67,7 @@ def _read(path: Path, resolution: int, decode: Callable[[Path], Image.Image]) ->
         raise UserError(f"{path}: {error}; mend or remove it") from None
     if image.size != (resolution, resolution):
         raise UserError(
-            f"{path} is of {image.width}x{image.height} px, the run of {resolution}x{resolution}: resize picture and "
+            f"{path} is of {image.width}x{image.height} px, the run of {resolution}x{resolution}: resize image and "
             "strokes alike, without smoothing the strokes"
         )
     return image

@@ -1,1 +1,1 @@
-"""A run in a browser: pictures of its generator, and photographs cut out by what it has learnt."""
+"""A run in a browser: images of its generator, and photographs cut out by what it has learnt."""

@@ -69,7 +69,7 @@ def make_page(run: TrainedRun, matting: Matting | None, folder: Path) -> gr.Bloc
     with gr.Blocks(title=f"FurryGAN: {_name(run)}", analytics_enabled=False, delete_cache=DELETE) as page:
         gr.Markdown(
             f"# FurryGAN\n`{_name(run)}`: {run.config.dataset}, {run.config.resolution} px, "
-            f"{run.images_seen:,} pictures seen"
+            f"{run.images_seen:,} images seen"
         )
         with gr.Tab("Generate"):
             _generate_part(page, run, folder)
@@ -116,7 +116,7 @@ def _generate_part(page: gr.Blocks, run: TrainedRun, folder: Path) -> None:
         with gr.Column(scale=1, min_width=280):
             seed = gr.Number(0, label="Seed", precision=0)
             following = gr.Button("Next seed")
-            psi = gr.Slider(0, 1, 1, step=0.05, label="Truncation psi", info="Less: typical pictures, and all alike")
+            psi = gr.Slider(0, 1, 1, step=0.05, label="Truncation psi", info="Less: typical images, and all alike")
             swapped = gr.Checkbox(False, label="On another background")
             background_seed = gr.Number(100, label="Seed of the background", precision=0)
             fade_in = gr.Slider(
@@ -190,7 +190,7 @@ def _photograph_part(run: TrainedRun, matting: Matting | None, folder: Path) -> 
             alpha, cutout = segment(matting, read_upload(Path(given)))
         return [given, *_save({"alpha": alpha, "cutout": cutout}, folder, given)]
 
-    # First of all the old pictures go: they must not stand below the name of a file that failed, or takes its time.
+    # First of all the old images go: they must not stand below the name of a file that failed, or takes its time.
     shown = [photo, alpha, cutout]
     given.change(lambda: [None] * len(shown), None, shown, queue=False, api_visibility="private").then(
         cut, given, shown, show_progress_on=cutout, api_name="segment", **ONE_AT_A_TIME

@@ -64,12 +64,12 @@ def read_upload(path: Path) -> NDArray[np.uint8]:
     """``[H, W, 3]``, upright; what is transparent is shown on white.
 
     Raises:
-        UserError: it is no picture, is cut off, or has too many pixels.
+        UserError: it is no image, is cut off, or has too many pixels.
     """
     try:
         image = read_picture(path).image
     except BrokenPictureError as error:
-        raise UserError(f"{path.name} cannot be used: {error}; give another picture") from None
+        raise UserError(f"{path.name} cannot be used: {error}; give another image") from None
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width:,} x {image.height:,} px"
         raise UserError(f"{path.name} is of {size}: give one of {MAX_PIXELS / 1e6:g} million pixels at most")

@@ -1,4 +1,4 @@
-"""A generated picture in its parts, with the alpha as one would have it."""
+"""A generated image in its parts, with the alpha as one would have it."""
 
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ class Choices:
     """What is to be seen.
 
     Attributes:
-        seed: of foreground, masks and background; the picture is sample 0 of generate.py's ``--seed``.
+        seed: of foreground, masks and background; the image is sample 0 of generate.py's ``--seed``.
         psi: truncation.
         background_seed: of the background alone; None: that of `seed`.
         fade_in: gamma of Eq. 3. 0 leaves the coarse mask, 1 is what training ends at.
@@ -42,7 +42,7 @@ class Choices:
         """
         for name, seed in (("seed", self.seed), ("background seed", self.background_seed)):
             if seed is not None and not 0 <= seed < 2**32:
-                raise UserError(f"{name} {seed} is impossible: give 0 to {2**32 - 1}")
+                raise UserError(f"{name} {seed} is invalid: give 0 to {2**32 - 1}")
         for name, value, high in (
             ("psi", self.psi, 1),
             ("gamma", self.fade_in, MAX_FADE_IN),
@@ -50,7 +50,7 @@ class Choices:
             ("hardness", self.hardness, 1),
         ):
             if not 0 <= value <= high:
-                raise UserError(f"{name} {value} is impossible: give 0 to {high}")
+                raise UserError(f"{name} {value} is invalid: give 0 to {high}")
 
 
 def make_sample(run: TrainedRun, choices: Choices) -> GeneratorOutput:

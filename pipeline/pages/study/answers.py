@@ -83,7 +83,7 @@ class Answers:
 
     @classmethod
     def create(cls, path: Path, study: Study) -> "Answers":
-        """Begin a study, or go on with the same one.
+        """Begin a study, or resume the same one.
 
         Raises:
             UserError: the file holds another study, is something else, or cannot be written.
@@ -94,7 +94,7 @@ class Answers:
             different = [key for key in ours if ours[key] != theirs[key]]
             if different:
                 key = different[0]
-                change = "other pictures" if key == "pairs" else f"{key} {theirs[key]}, not {ours[key]}"
+                change = "other images" if key == "pairs" else f"{key} {theirs[key]}, not {ours[key]}"
                 raise UserError(f"{path} holds the answers of another study ({change}); choose another --answers")
             return found
         answers = cls(path, study)

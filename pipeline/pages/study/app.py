@@ -1,7 +1,7 @@
 """The study as a web application: one page, what it shows, and the answers that it sends.
 
 A participant is a part of the address, ``/p/ID/``, so that a link invites and resumes. Nothing that a browser gets
-says which method is on which side: stimuli are asked for by question and side, and encoded anew.
+says which method is on which side: stimuli are asked for by question and side, and encoded again.
 """
 
 import re
@@ -81,7 +81,7 @@ class StudyApp:
         return self._state(_participant(request))
 
     def stimulus(self, request: Request) -> Response:
-        """A picture of a question."""
+        """An image of a question."""
         participant, number, side, view = _participant(request), _number(request), _side(request), _view(request)
         asked = self._trials(participant)
         if number >= len(asked):

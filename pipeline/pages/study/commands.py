@@ -18,14 +18,14 @@ from pipeline.pages.study.stimuli import Method, find_pairs
 
 @dataclass(frozen=True)
 class Serve:
-    """Show pairs in a browser and store the answers. Stopped, the same command goes on where each participant stood.
+    """Show pairs in a browser and store the answers. Stopped, the same command resumes where each participant stood.
 
-    Masks, or cut-outs with transparency, belong to the picture of the same name, whatever the extension. Folders that
+    Masks, or cut-outs with transparency, belong to the image of the same name, whatever the extension. Folders that
     segment.py wrote serve as they are.
     """
 
     images: Path
-    """Folder of the pictures that were cut out."""
+    """Folder of the images that were cut out."""
     method_a: str
     """NAME=FOLDER of one method's masks or cut-outs."""
     method_b: str
@@ -33,7 +33,7 @@ class Serve:
     answers: Path
     """SQLite file; made where it is not there."""
     images_b: Path | None = None
-    """Pictures of method B, where they are others: each method generated its own."""
+    """Images of method B, where they are others: each method generated its own."""
     question: str = "Which mask is more precise?"
     """That participants read."""
     num_pairs: int | None = None
@@ -49,9 +49,9 @@ class Serve:
 
     def __post_init__(self) -> None:
         if self.num_pairs is not None and self.num_pairs < 1:
-            raise UserError(f"--num-pairs {self.num_pairs} is impossible: give 1 or more")
+            raise UserError(f"--num-pairs {self.num_pairs} is invalid: give 1 or more")
         if self.repeats < 0:
-            raise UserError(f"--repeats {self.repeats} is impossible: give 0 or more")
+            raise UserError(f"--repeats {self.repeats} is invalid: give 0 or more")
         check_port(self.port)
 
 

@@ -26,7 +26,7 @@ class Method:
     Attributes:
         name: in the answers and the result; participants never see it.
         masks: folder of grey masks, or of cut-outs, whose transparency is the mask; or one that segment.py filled.
-        images: folder of the pictures that they belong to, by the same names.
+        images: folder of the images that they belong to, by the same names.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Stimulus:
-    """A picture and a method's mask of it."""
+    """An image and a method's mask of it."""
 
     image: Path
     mask: Path
@@ -60,7 +60,7 @@ class Stimulus:
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
     def png(self, view: View) -> bytes:
-        """A view, encoded anew: nothing of the files' names, dates, formats or metadata is in it."""
+        """A view, encoded again: nothing of the files' names, dates, formats or metadata is in it."""
         if view == "photo":
             image = self._photo()
         elif view == "mask":
@@ -134,9 +134,9 @@ def _coverage(mask: Image.Image) -> Image.Image:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    """The pictures of a folder by their relative path without the extension."""
+    """The images of a folder by their relative path without the extension."""
     names: dict[str, Path] = {}
-    for name in picture_names(existing_folder(folder, "give a folder of pictures")):
+    for name in picture_names(existing_folder(folder, "give a folder of images")):
         stem = Path(name).with_suffix("").as_posix()
         if stem in names:
             raise UserError(f"{folder} has both {names[stem].name} and {Path(name).name}; keep one of them")

@@ -37,7 +37,7 @@ class DistillOptions:
     checkpoint: str = "best"
     """best, latest, or a checkpoint file."""
     data: str | None = None
-    """Shards of real pictures, whose alpha is never read; the run's own by default, 'none' for none."""
+    """Shards of real images, whose alpha is never read; the run's own by default, 'none' for none."""
     out: Path | None = None
     """Directory to make; RUN/distilled by default."""
     fit: Annotated[FitOptions, tyro.conf.arg(name="")] = field(default_factory=FitOptions)
@@ -79,7 +79,7 @@ def distill_run(options: DistillOptions) -> str:
 
 @contextlib.contextmanager
 def real_pictures(run: TrainedRun, data: str | None, options: FitOptions) -> Iterator[Iterator[Tensor] | None]:
-    """Endless batches of real pictures ``[b, 3, R, R]``, without their alpha; None where `data` is "none".
+    """Endless batches of real images ``[b, 3, R, R]``, without their alpha; None where `data` is "none".
 
     Raises:
         UserError: the shards cannot be opened.
@@ -94,7 +94,7 @@ def real_pictures(run: TrainedRun, data: str | None, options: FitOptions) -> Ite
         except UserError as error:
             if data is not None:
                 raise
-            raise UserError(f"the run's own pictures: {error}; or give --data SHARDS, or --data none") from None
+            raise UserError(f"the run's own images: {error}; or give --data SHARDS, or --data none") from None
         loader = make_loader(
             config.loader,
             shard_set,

@@ -84,7 +84,7 @@ def model_card(
     return f"""# Matting network distilled from {facts["run"]}
 
 Finds what the run's generator calls foreground, in a photo of the kind that the run was trained on, in one forward
-pass. It was taught by the generator's own pictures and alphas and by the discriminator's mask predictor; no label was
+pass. It was taught by the generator's own images and alphas and by the discriminator's mask predictor; no label was
 used. U-Net, {num_parameters:,} parameters.
 
 ## Files
@@ -109,11 +109,11 @@ used. U-Net, {num_parameters:,} parameters.
 On {int(figures["num"]):,} generated pairs that it did not learn from, without augmentation: IoU
 {figures["iou_fg"]:.3f} (foreground), {figures["iou_bg"]:.3f} (background), SAD {figures["sad"]:.3f} thousand, mean
 squared error {figures["mse"]:.4f}. This says how well it learnt from its teacher, not how good the teacher is: for
-that, hold it against true alpha by `python pipeline/segment.py compare`.
+that, hold it against ground-truth alpha by `python pipeline/segment.py compare`.
 
 ## Limits
 
-It knows the kind of picture that the run was trained on and nothing else. What the generator takes for foreground,
+It knows the kind of image that the run was trained on and nothing else. What the generator takes for foreground,
 right or wrong, so does this network. It sees {side} pixels across the shorter side: what is finer in the alpha of a
 larger photo follows the photo's edges.
 """

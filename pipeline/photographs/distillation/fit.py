@@ -1,7 +1,7 @@
 """Teaches the matting network what a trained run knows; no label is read.
 
 Each step has two halves. Fresh samples of the generator bring their own alpha; half of them change backgrounds, so that
-the network cannot read a foreground off the background that usually comes with it. Real pictures have no alpha: the
+the network cannot read a foreground off the background that usually comes with it. Real images have no alpha: the
 network must agree with its own average, sharpened, across augmentations (Tarvainen & Valpola 2017), and, where the
 discriminator's mask predictor is sure, with that at 16x16.
 """
@@ -26,7 +26,7 @@ from pipeline.photographs.distillation.network import MattingNetwork
 
 AVERAGE_DECAY = 0.99
 RAMP_SHARE = 0.3
-"""Of all steps, until the losses on real pictures have their full weight: the network's average is no guide before."""
+"""Of all steps, until the losses on real images have their full weight: the network's average is no guide before."""
 WEIGHT_DECAY = 0.01
 
 
@@ -37,13 +37,13 @@ class FitOptions:
     steps: int = 1500
     """Optimizer steps."""
     batch: int = 32
-    """Generated samples a step, and as many real pictures where there are any."""
+    """Generated samples a step, and as many real images where there are any."""
     learning_rate: float = 4e-3
     """Greatest, of AdamW on one cycle."""
     consistency: float = 1.0
-    """Weight of agreeing with its own average on real pictures."""
+    """Weight of agreeing with its own average on real images."""
     guidance: float = 1.0
-    """Weight of agreeing with the mask predictor on real pictures."""
+    """Weight of agreeing with the mask predictor on real images."""
     swapped: float = 0.5
     """Share of generated samples on the background of another."""
     seed: int = 0
@@ -58,16 +58,16 @@ class FitOptions:
         for name, value, low in (("steps", self.steps, 2), ("batch", self.batch, 4)):
             if value < low or (name == "batch" and value % 4):
                 multiple = ", a multiple of 4" if name == "batch" else ""
-                raise UserError(f"--{name} {value} is impossible: give {low} or more{multiple}")
+                raise UserError(f"--{name} {value} is invalid: give {low} or more{multiple}")
         if not 0 < self.learning_rate < 1:
-            raise UserError(f"--learning-rate {self.learning_rate} is impossible: give something like 0.004")
+            raise UserError(f"--learning-rate {self.learning_rate} is invalid: give something like 0.004")
         for name, weight in (("consistency", self.consistency), ("guidance", self.guidance)):
             if not 0 <= weight < float("inf"):
-                raise UserError(f"--{name} {weight} is impossible: give 0 or more")
+                raise UserError(f"--{name} {weight} is invalid: give 0 or more")
         if not 0 <= self.swapped <= 1:
             raise UserError(f"--swapped {self.swapped} is not a share: give 0 to 1")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed} is impossible: give 0 to {2**32 - 1}")
+            raise UserError(f"--seed {self.seed} is invalid: give 0 to {2**32 - 1}")
 
 
 def generated_pairs(run: TrainedRun, options: FitOptions) -> Iterator[tuple[Tensor, Tensor]]:
@@ -101,7 +101,7 @@ def distill(
 
     Args:
         run: the teacher.
-        real: endless batches of real pictures ``[b, 3, R, R]`` in [-1, 1], if there are any.
+        real: endless batches of real images ``[b, 3, R, R]`` in [-1, 1], if there are any.
         options: how.
         progress: show a bar.
 
@@ -192,7 +192,7 @@ def sharpen(alphas: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _RealBatch:
-    """Augmented real pictures, and what is to be found in them.
+    """Augmented real images, and what is to be found in them.
 
     Attributes:
         images: ``[b, 3, R, R]``.

@@ -1,4 +1,4 @@
-"""The network that is distilled into: a U-Net that goes down to 4x4, for pictures of any size."""
+"""The network that is distilled into: a U-Net that goes down to 4x4, for images of any size."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ class MattingNetwork(nn.Module):
     """``images [b, 3, h, w]`` in [-1, 1] -> alpha ``[b, 1, h, w]`` in [0, 1].
 
     Args:
-        resolution: of the pictures that it learns from, a power of two; pictures of other sizes do too, where h and w
+        resolution: of the images that it learns from, a power of two; images of other sizes do too, where h and w
             are multiples of `stride`.
     """
 

@@ -1,1 +1,1 @@
-"""Finds the styles whose composite is a given picture (StyleGAN2's projector), and with them its alpha."""
+"""Finds the styles whose composite is a given image (StyleGAN2's projector), and with them its alpha."""

@@ -1,7 +1,7 @@
-"""How far two pictures are from each other, as the projector sees it.
+"""How far two images are from each other, as the projector sees it.
 
-LPIPS (Zhang et al. 2018) where the weights of its VGG-16 are at hand. Elsewhere the features of the run's own
-discriminator, which knows these pictures, compared as LPIPS compares: unit length at each pixel, squared difference.
+LPIPS (Zhang et al. 2018) where the weights of its VGG-16 are available. Elsewhere the features of the run's own
+discriminator, which knows these images, compared as LPIPS compares: unit length at each pixel, squared difference.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from models.discriminator import Discriminator
 VGG_FILE = "vgg16-397923af.pth"
 """torchvision's name for its ImageNet weights."""
 LPIPS_RESOLUTION = 256
-"""Larger pictures are reduced to it, as in StyleGAN2's projector."""
+"""Larger images are reduced to it, as in StyleGAN2's projector."""
 PIXEL_WEIGHT = 1.0
 """Of the mean squared error of the pixels, beside the discriminator's features."""
 
@@ -35,7 +35,7 @@ class PerceptualDistance(Protocol):
         ...
 
     def between(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
-        """Distance ``[b]`` of two pictures by their features."""
+        """Distance ``[b]`` of two images by their features."""
         ...
 
 

@@ -1,7 +1,7 @@
 """StyleGAN2's projector (Karras et al. 2020, appendix D) for a generator with a foreground and a background.
 
-Both styles and all noise maps are optimised so that the composite becomes the picture; its alpha then comes from the
-generator's mask networks (FurryGAN, section 4.6). Pictures of a batch do not touch each other.
+Both styles and all noise maps are optimised so that the composite becomes the image; its alpha then comes from the
+generator's mask networks (FurryGAN, section 4.6). Images of a batch do not touch each other.
 """
 
 import math
@@ -33,7 +33,7 @@ Space = Literal["w", "w+"]
 
 @dataclass(frozen=True)
 class ProjectionOptions:
-    """How pictures are projected."""
+    """How images are projected."""
 
     space: Space = "w"
     """w: one style for all layers; w+: one for each."""
@@ -42,7 +42,7 @@ class ProjectionOptions:
     learning_rate: float = 0.1
     """Greatest."""
     noise_regularization: float = 1e5
-    """Weight of keeping the noise maps noise: free of the picture."""
+    """Weight of keeping the noise maps noise: free of the image."""
     seed: int = 0
     """Of the noise at the start and on w."""
 
@@ -53,18 +53,18 @@ class ProjectionOptions:
             UserError: one is impossible.
         """
         if self.steps < 1:
-            raise UserError(f"--steps {self.steps} is impossible: give 1 or more")
+            raise UserError(f"--steps {self.steps} is invalid: give 1 or more")
         if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"--learning-rate {self.learning_rate} is impossible: give something like 0.1")
+            raise UserError(f"--learning-rate {self.learning_rate} is invalid: give something like 0.1")
         if not 0 <= self.noise_regularization < math.inf:
-            raise UserError(f"--noise-regularization {self.noise_regularization} is impossible: give 0 or more")
+            raise UserError(f"--noise-regularization {self.noise_regularization} is invalid: give 0 or more")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed} is impossible: give 0 to {2**32 - 1}")
+            raise UserError(f"--seed {self.seed} is invalid: give 0 to {2**32 - 1}")
 
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """What was found for b pictures.
+    """What was found for b images.
 
     Attributes:
         output: what the generator makes of the styles found; its composite is the reconstruction.
@@ -114,7 +114,7 @@ def project(
         images: ``[b, 3, R, R]`` in [-1, 1].
         distance: to minimise.
         options: how.
-        first: number of the first picture among all, so that each has the same noise in any batch.
+        first: number of the first image among all, so that each has the same noise in any batch.
         progress: show a bar.
     """
     generator = run.generator
@@ -167,7 +167,7 @@ def learning_rate_ramp(at: float) -> float:
 
 
 def noise_autocorrelation(generator: FurryGenerator, noise: Tensor) -> Tensor:
-    """How much each sample's noise maps look like a picture ``[b]``.
+    """How much each sample's noise maps look like an image ``[b]``.
 
     Squared mean products of neighbours, in each map and in its reductions by two down to 8x8.
     """

@@ -1,6 +1,7 @@
-"""What the paper says that each ablation does, and whether a study bears it out (section 4.4, Table 1, figures 7, 8).
+"""The paper's claims on each ablation, and whether a study supports them (section 4.4, Table 1).
 
-A claim is held against the difference of two means over seeds, ablated less full, with Welch's 95% confidence interval.
+A claim is compared with the difference of two means over seeds, ablated minus full, and its Welch 95% confidence
+interval.
 It is reproduced where the whole interval is on the claimed side, contradicted where it is on the other, and undecided
 where the spread over seeds leaves both open.
 """

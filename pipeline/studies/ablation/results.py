@@ -50,7 +50,7 @@ def summarise(evaluations: Mapping[Variant, Sequence[Mapping[str, Any]]]) -> dic
 
 def figures_of(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
     """Figures of one evaluation: of its masks against the first pseudo ground truth, `distance` of its foregrounds
-    from the real pictures, and the share of a picture that is foreground."""
+    from the real images, and the share of an image that is foreground."""
     at = evaluation["generated"][0]
     figures: dict[str, float | None] = dict(next(iter(at["masks"].values()), {}))
     images = at["images"].get("foreground", {})

@@ -56,7 +56,7 @@ class AblationOptions:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each variant is trained once with each. Verdicts need two or more."""
     out: Path | None = None
-    """Directory of the study; runs/ablation-DATASET by default. One that holds a study goes on with it."""
+    """Directory of the study; runs/ablation-DATASET by default. One that holds a study resumes it."""
     num_parallel: int | None = None
     """Trials at a time; one a GPU by default, and one without. They share the cores."""
     num_samples: int = 5000
@@ -76,10 +76,10 @@ class AblationOptions:
             if not values or len(set(values)) < len(values):
                 raise UserError(f"--{name} {' '.join(map(str, values))}: give one or more, each once")
         if not math.isfinite(self.psi):
-            raise UserError(f"--psi {self.psi} is impossible: give a number")
+            raise UserError(f"--psi {self.psi} is invalid: give a number")
         for name, value, low in (("num-parallel", self.num_parallel, 1), ("num-samples", self.num_samples, 2)):
             if value is not None and value < low:
-                raise UserError(f"--{name} {value} is impossible: give {low} or more")
+                raise UserError(f"--{name} {value} is invalid: give {low} or more")
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _measured(options: AblationOptions) -> EvaluationOptions:
     try:  # once, and not by several trials at a time: it may download
         load_extractor(options.features, options.inception_weights, torch.device("cpu"))
     except WeightsUnavailableError as error:
-        logger.warning("no FID or other distance of pictures: %s", error)
+        logger.warning("no FID or other distance of images: %s", error)
         metrics = ()
     return EvaluationOptions(
         run=Path(),

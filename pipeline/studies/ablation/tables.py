@@ -64,7 +64,7 @@ def _masks(results: Mapping[str, Any]) -> Table:
         ("setting (seeds)", *MASK_COLUMNS, distance),
         1,
         tuple(rows),
-        "Over all pixels of all samples. Published rows are the paper's own figures, of other pictures and another "
+        "Over all pixels of all samples. Published rows are the paper's own figures, of other images and another "
         f"pseudo ground truth: compare the differences between rows. {_about_distance(results)}",
     )
 
@@ -119,8 +119,8 @@ def _distance_name(results: Mapping[str, Any]) -> str:
 def _about_distance(results: Mapping[str, Any]) -> str:
     features = results["features"]
     if features is None:
-        return "No distance of pictures was measured."
-    note = f"Distance of foregrounds from all {results['data']['num_images']:,} training pictures"
+        return "No distance of images was measured."
+    note = f"Distance of foregrounds from all {results['data']['num_images']:,} training images"
     if features["is_inception"]:
         return f"{note}; fewer samples than the paper's {published.NUM_SAMPLES:,} raise it."
     return f"{note} by features of {features['extractor']}, layer {features['layer']}: no FID."

@@ -27,7 +27,7 @@ class SweepOptions:
     config: Path | None = None
     """YAML file of overrides, complete or partial; every run saves one."""
     resume: Path | None = None
-    """Directory of a sweep to go on with, as it was begun."""
+    """Directory of a sweep to resume, as it was begun."""
     num_trials: int = 8
     """Trainings."""
     trial_steps: int | None = None
@@ -67,9 +67,9 @@ class SweepOptions:
             ("num-parallel", self.num_parallel, 1),
         ):
             if value is not None and value < low:
-                raise UserError(f"--{name} {value} is impossible: give {low} or more")
+                raise UserError(f"--{name} {value} is invalid: give {low} or more")
         if self.gpus_per_trial is not None and not (math.isfinite(self.gpus_per_trial) and self.gpus_per_trial >= 0):
-            raise UserError(f"--gpus-per-trial {self.gpus_per_trial} is impossible: give 0 or more")
+            raise UserError(f"--gpus-per-trial {self.gpus_per_trial} is invalid: give 0 or more")
         if self.scheduler == "pbt" and self.workers_per_trial > 1:
             raise UserError("--scheduler pbt moves weights between single processes: leave out --workers-per-trial")
         if self.scheduler == "pbt" and self.searcher == "optuna":
@@ -93,7 +93,7 @@ def saved_options(options: SweepOptions) -> SweepOptions:
     """Those that a sweep was begun with."""
     assert options.resume is not None
     if len(sys.argv[1:]) > 2:
-        raise UserError("a sweep goes on as it was begun: give --resume DIRECTORY alone")
+        raise UserError("a sweep resumes as it was begun: give --resume DIRECTORY alone")
     path = options.resume / SWEEP_FILE
     if not path.is_file():
         raise UserError(f"--resume {options.resume}: there is no {SWEEP_FILE} in it, so it is no sweep")

@@ -21,7 +21,7 @@ from pipeline.runs.mlflow_mirror import (
 
 
 class ParentRun:
-    """Makes the run, or finds that of a sweep that goes on. Without MLflow there is none, and nothing is done.
+    """Makes the run, or finds that of a sweep that resumes. Without MLflow there is none, and nothing is done.
 
     Attributes:
         tags_of_children: that the runs of the trials need.

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: parallel coordinates by Optuna, and the objective over each parameter."""
+"""Images of a sweep: parallel coordinates by Optuna, and the objective over each parameter."""
 
 import contextlib
 import logging

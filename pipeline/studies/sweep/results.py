@@ -1,4 +1,4 @@
-"""What a sweep found: a table, the configuration to train in full, and pictures of objective and parameters."""
+"""What a sweep found: a table, the configuration to train in full, and images of objective and parameters."""
 
 import math
 import shlex

@@ -117,7 +117,7 @@ class Table(tune.CLIReporter):  # type: ignore[misc]
         self._start, self._before = 0.0, -1.0
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Tune calls it when trials begin, or go on."""
+        """Tune calls it when trials begin, or resume."""
         super().setup(*args, **kwargs)
         self._start, self._before = time.monotonic(), -1.0
 

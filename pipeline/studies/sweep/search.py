@@ -40,7 +40,7 @@ MEASUREMENTS = 5
 GRACE = 2
 """Of these measurements pass before ASHA ends a trial: before that, masks say little about those of the end."""
 REDUCTION = 2
-"""ASHA lets one in so many go on at each measurement that counts."""
+"""ASHA lets one in so many continue at each measurement that counts."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -83,7 +83,7 @@ class Search:
                     is_whole = len(records) == options.num_trials
                     parent.status = "FINISHED" if is_whole else "KILLED"
         if not is_whole:
-            logger.info("%d of %d trials ended: go on with --resume %s", len(records), options.num_trials, self._out)
+            logger.info("%d of %d trials ended: resume with --resume %s", len(records), options.num_trials, self._out)
             raise SystemExit(INTERRUPTED)
 
     def _resources(self) -> Resources:
@@ -100,7 +100,7 @@ class Search:
     def _metric(self, has_alpha: bool) -> str:
         metric = self._options.metric
         if metric == MIOU and not has_alpha:
-            raise UserError(f"--metric {MIOU} needs true alpha, and the shards have none: leave it out")
+            raise UserError(f"--metric {MIOU} needs ground-truth alpha, and the shards have none: leave it out")
         return metric if metric != "auto" else MIOU if has_alpha else UNLABELLED
 
     def _trial_tree(self, tree: Config, parent: ParentRun) -> Config:

@@ -37,8 +37,8 @@ SEARCHED: dict[str, dict[str, str]] = {
     "cub": _UNALIGNED,
     "compcars": _UNALIGNED,
 }
-"""What is searched by default, by data set: area threshold, start, floor and length of binarization, fine threshold.
-Objects of unaligned data cover less of the picture, by the paper's account of appendix F."""
+"""What is searched by default, by dataset: area threshold, start, floor and length of binarization, fine threshold.
+Objects in unaligned images are smaller, so their area thresholds are."""
 
 PBT_MUTATIONS = {"loss.r1": "loguniform(0.01, 10)", "loss.binarization_end": "loguniform(0.1, 5)"}
 """What population-based training changes of a trial that takes over another one's weights."""
@@ -46,7 +46,7 @@ PBT_MUTATIONS = {"loss.r1": "loguniform(0.01, 10)", "loss.binarization_end": "lo
 TRIAL_STEPS: dict[str, int] = {"furballs": 600}
 """Iterations of a trial by default, by data set."""
 DEFAULT_TRIAL_STEPS = 30_000
-"""A tenth of the paper's training: masks are there long before pictures are sharp."""
+"""A tenth of the paper's training: masks are there long before images are sharp."""
 
 
 def trial_steps(dataset: str) -> int:

@@ -20,7 +20,7 @@ def sweep(options: SweepOptions, out: Path) -> None:
     """
     space = make_space(options.tree, _searched(options))
     if options.resume is None and (out / SWEEP_FILE).exists():
-        raise UserError(f"{out} holds a sweep already: go on with it by --resume {out}, or choose another --out")
+        raise UserError(f"{out} holds a sweep already: resume it with --resume {out}, or choose another --out")
     # Ray takes seconds to import, and what is impossible is to be known before.
     from pipeline.studies.sweep.search import Search
 

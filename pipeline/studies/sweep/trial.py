@@ -1,7 +1,7 @@
 """A trial of a sweep: the trainer itself on a changed configuration, in one Ray worker or in a group of them.
 
 Its run directory is the record: a trial that Ray starts again, after a worker died or the whole sweep was killed, tells
-what was measured before and goes on from its newest checkpoint.
+what was measured before and resumes from its newest checkpoint.
 """
 
 import math
@@ -156,7 +156,7 @@ def _reporter(plan: Plan, run_dir: Path) -> Report:
 
 
 def _take_over(run_dir: Path, trial_id: str) -> Path:
-    """A new run directory, with the checkpoint that Tune gives; where that is the trial's own, it just goes on."""
+    """A new run directory, with the checkpoint that Tune gives; where that is the trial's own, it just resumes."""
     given = tune.get_checkpoint()
     if given is None:
         return run_dir
