@@ -1,4 +1,4 @@
-"""How fast the loaders deliver images.
+"""Benchmark of the loaders.
 
 python data_shards/bench.py                                 # furballs at 256 px, drawn first
 python data_shards/bench.py --data shards/mine --batch 64   # your own images

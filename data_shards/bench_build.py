@@ -1,4 +1,4 @@
-"""How fast shards are built: img/s and memory, beside a plain loop over Pillow in one process.
+"""Benchmark of the builder: images per second and memory, beside a plain Pillow loop in one process.
 
     python data_shards/bench_build.py --num-images 20000
 

@@ -1,4 +1,4 @@
-"""Builds a shard set from a collection of images, or checks one.
+"""Build a shard set from a collection of images, or verify one.
 
     python data_shards/build.py --kind folder --source ~/photos --out shards/mine --resolution 256
     python data_shards/build.py --verify shards/mine

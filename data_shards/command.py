@@ -1,4 +1,4 @@
-"""How every command reads its arguments, and ends on a user's mistake or without memory.
+"""What all commands share: reading of arguments, and one-line errors.
 
 Commands import this module before torch (`[tool.ruff.lint.isort]` in pyproject.toml holds the order): it decides how
 torch's threads wait.

@@ -1,4 +1,4 @@
-"""Errors that are for the person at the keyboard."""
+"""Errors that are reported to the user in one line."""
 
 import errno
 import re

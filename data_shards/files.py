@@ -1,4 +1,4 @@
-"""Files that are either as they were or wholly new, whenever the machine stops."""
+"""Atomic writing of files and directories."""
 
 import os
 import shutil

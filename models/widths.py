@@ -1,4 +1,4 @@
-"""How many feature channels a network has at which resolution."""
+"""Number of feature channels at each resolution."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""How fast a training step is, and how much of what the machine allows.
+"""Benchmark of a training step: speed, and the share of what the machine allows.
 
 python pipeline/bench.py                                             # the default run, on this machine
 python pipeline/bench.py --dataset ffhq --resolution 64 --batch 4    # the paper's networks, small images

@@ -1,4 +1,4 @@
-"""Try a trained run in a browser: its images in their parts, and photographs of yours cut out.
+"""Try a trained run in a browser: the parts of its images, and your own photographs cut out.
 
 python pipeline/demo.py --run runs/mine
 """

@@ -1,4 +1,4 @@
-"""Builds a shard set from a source: shuffled, in parallel, and able to resume wherever it was stopped.
+"""Building of a shard set from a source: shuffled, parallel, and resumable at any point.
 
 A build fills ``OUT.partial`` and gives it the name ``OUT`` at its end. After each shard, ``progress.json`` says which
 images are done; a build that was killed resumes from there, with the same bytes as one that was not.

@@ -1,4 +1,4 @@
-"""Shard sets the package draws itself: nothing to download."""
+"""Shard sets that the package draws itself, without a download."""
 
 import shutil
 import uuid

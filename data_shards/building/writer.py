@@ -1,4 +1,4 @@
-"""Writes samples as WebDataset shards with DALI indices and a manifest: the same samples give the same bytes."""
+"""Writer of WebDataset shards with DALI indices and a manifest. The same samples give the same bytes."""
 
 import hashlib
 import io

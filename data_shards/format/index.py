@@ -1,4 +1,4 @@
-"""DALI's index of a tar, ``.idx`` version 1.2: where in the tar each sample's files lie.
+"""DALI's index of a tar, ``.idx`` version 1.2: the offset and size of each sample's files.
 
 The format is that of DALI's ``wds2idx``: a line ``v1.2 <samples>``, then one line per sample of
 ``<extension> <offset> <size> <member name>`` for each of its files. It is written here with `tarfile`, because machines

@@ -1,4 +1,4 @@
-"""What a shard set is, in one ``manifest.json`` beside its shards."""
+"""The manifest of a shard set, ``manifest.json``."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What a source of images yields and a shard holds."""
+"""A sample: what a source yields and a shard stores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The contract of a loader: endless batches of images, the same for DALI and webdataset, resumable at any step."""
+"""Batches and the interface of a loader: endless, identical for DALI and webdataset, resumable at any step."""
 
 from abc import ABC, abstractmethod
 from collections import deque

@@ -1,4 +1,4 @@
-"""The choice of a loader."""
+"""Choice of a loader."""
 
 import importlib.util
 from typing import Literal

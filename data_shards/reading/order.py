@@ -1,4 +1,4 @@
-"""Which images each rank sees at each step: pure functions of seed, step, rank and world size.
+"""Order of the images: pure functions of seed, step, rank and world size.
 
 The whole set is shuffled at once. One that is too large to be available whole is shuffled by windows: its shards, and
 then the samples of a few shards together, before those of the next few. Images of different windows do not meet in

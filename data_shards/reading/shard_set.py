@@ -1,4 +1,4 @@
-"""A set of shards, in a directory or on a URL, opened and checked at once; gives the encoded bytes of any sample."""
+"""A set of shards in a directory or behind a URL, verified when it is opened, with random access to encoded samples."""
 
 import contextlib
 import hashlib

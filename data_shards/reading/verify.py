@@ -1,4 +1,4 @@
-"""Checks a shard set against its manifest, to the last byte."""
+"""Verification of a shard set against its manifest, to the last byte."""
 
 import hashlib
 from pathlib import Path

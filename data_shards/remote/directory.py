@@ -1,4 +1,4 @@
-"""A directory on any fsspec URL: fetches its files, with retries, and says plainly what is wrong."""
+"""A directory behind an fsspec URL: fetches files with retries and clear errors."""
 
 import hashlib
 import logging

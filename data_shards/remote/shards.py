@@ -1,4 +1,4 @@
-"""The tars of a shard set on a URL: threads fetch them into the cache before they are needed."""
+"""The tars of a shard set behind a URL, which threads fetch into the cache before they are needed."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""All kinds of sources by their names."""
+"""Registry of the source kinds."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""From a finely drawn image to its final resolution."""
+"""Reduction of a supersampled image to its final resolution."""
 
 from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Backgrounds for the built-in data set: varied, textured, and with nothing furry about them."""
+"""Backgrounds for the built-in dataset: varied textures without fur."""
 
 import colorsys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What else was tried: each operator as it is beside the other ways to compute it, in one run.
+"""Benchmark of each operator beside alternative implementations.
 
 python pipeline/benchmarks/alternatives.py                                          # shapes of the default run
 python pipeline/benchmarks/alternatives.py --channels 512 --resolution 64 --batch 4

@@ -1,4 +1,4 @@
-"""What training does besides its steps, as the benchmark times it: checkpoints, random numbers, waiting for data."""
+"""Benchmark of what training does besides its steps: checkpoints, random numbers, waiting for data."""
 
 import contextlib
 import statistics

@@ -1,4 +1,4 @@
-"""How long the steps of a variant take on a device, and what they compute. Needs torch alone."""
+"""Timing and counting of the steps of a variant. Needs torch alone."""
 
 import gc
 import re

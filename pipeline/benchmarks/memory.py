@@ -1,4 +1,4 @@
-"""What a rank holds to train both networks, counted from the shapes of their tensors.
+"""Memory per rank for training both networks, counted from the shapes of their tensors.
 
 python pipeline/benchmarks/memory.py                         # of the paper's networks, a table in Markdown
 python pipeline/benchmarks/memory.py --resolutions 512 --ranks 4 16

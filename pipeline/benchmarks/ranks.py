@@ -1,4 +1,4 @@
-"""How a step scales over ranks: measured here over gloo, and for GPUs on paper.
+"""Scaling over ranks: measured over gloo, and modelled for GPUs.
 
 python pipeline/benchmarks/ranks.py             # 1, 2 and 4 ranks, the default run; then paper
 python pipeline/benchmarks/ranks.py --ranks     # paper alone

@@ -1,4 +1,4 @@
-"""The benchmark of training steps: what to measure, in which order, and how it is printed."""
+"""Benchmark of training steps: what is measured, in which order, and how it is printed."""
 
 import argparse
 import json

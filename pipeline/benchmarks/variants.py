@@ -1,4 +1,4 @@
-"""What the benchmark times: the code that trains, and a plain reading of the papers, as steps of the same shape."""
+"""Variants that the benchmark times: the training code, and a plain implementation of the papers."""
 
 import importlib.util
 import math

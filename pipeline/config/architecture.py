@@ -1,4 +1,4 @@
-"""The networks as a configuration describes them."""
+"""Construction of the networks from a configuration."""
 
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator

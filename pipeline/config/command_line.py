@@ -1,4 +1,4 @@
-"""How the commands on a configuration read their arguments.
+"""Command lines over the configuration tree.
 
 They come from, in rising order: the preset of `--dataset`, the file of `--config` (or the saved configuration of
 `--resume`), the command line.

@@ -1,4 +1,4 @@
-"""The one configuration tree: every number that a run depends on, with its explanation.
+"""The configuration tree: every number that a run depends on, with its explanation.
 
 `python pipeline/train.py --help` shows it, presets fill it, a YAML file or the command line overrides it
 (`pipeline/config/files.py`), and every run saves it resolved as `config.yaml`. Needs the standard library alone.

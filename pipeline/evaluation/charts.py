@@ -1,4 +1,4 @@
-"""Distributions over the samples as SVG to stand in a page: its font, and its colour of text."""
+"""Histograms over the samples as SVG for the report."""
 
 import io
 from collections.abc import Sequence

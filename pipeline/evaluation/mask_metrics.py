@@ -1,4 +1,4 @@
-"""Agreement of predicted with true masks, from pixel counts over a whole set of images.
+"""Agreement of predicted masks with ground truth, from pixel counts over a set of images.
 
 Counts are pooled over all pixels of all images, as in the paper's tables (their F1, precision and recall agree with
 their IoU only so).

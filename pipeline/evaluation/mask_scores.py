@@ -1,4 +1,4 @@
-"""Masks against (pseudo) ground truth: what is counted sample by sample, and the figures of all samples together."""
+"""Scores of masks against (pseudo) ground truth, per sample and in total."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

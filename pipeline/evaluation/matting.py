@@ -1,4 +1,4 @@
-"""What a threshold hides: the four errors of the matting literature (Rhemann et al. 2009), image by image.
+"""The four matting errors of Rhemann et al. (2009): SAD, MSE, gradient and connectivity, per image.
 
 Definitions and constants are those of the benchmark at alphamatting.com, and sums are in thousands as there. They are
 taken over all pixels, and over the unknown band of a trimap made from the ground-truth alpha: hair, fur, whiskers.

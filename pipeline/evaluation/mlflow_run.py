@@ -1,4 +1,4 @@
-"""An evaluation in the MLflow run of the training that it evaluates."""
+"""Logging of an evaluation to the MLflow run of its training."""
 
 import logging
 from collections.abc import Sequence

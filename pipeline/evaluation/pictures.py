@@ -1,4 +1,4 @@
-"""The images that are measured: generated ones by sample number, real ones by their number in the shard set."""
+"""The images that are measured: generated ones by sample number, real ones by their index in the shard set."""
 
 import io
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Pseudo ground truth: networks that say where the foreground of an image is (paper, section 4.2 and appendix B).
+"""Pseudo ground truth: networks that segment the foreground of an image (paper, section 4.2 and appendix B).
 
 One interface, `Segmentation`: an image in, a mask of the same size out. On the command line:
 

@@ -1,4 +1,4 @@
-"""The paper's published figures, beside which a run's own are set.
+"""The figures that the paper publishes, for comparison.
 
 Table 1 (ablations), Table 2 (TRACER), Table S6 (BiSeNet and Mask R-CNN), Table 3 and Table 4. "Accuracy" equals the
 foreground's IoU in every row.

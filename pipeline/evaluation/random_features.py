@@ -1,4 +1,4 @@
-"""Features that need no download, for where Inception's weights are not available: `--features random-vgg16`."""
+"""Features of a random VGG-16, which need no download: `--features random-vgg16`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Work over numbered samples, dealt out to the ranks and taken together in the order of the samples."""
+"""Distribution of numbered samples over ranks, with results gathered in the order of the samples."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page that holds all it shows: it can be mailed, and opens without a network."""
+"""The report of an evaluation: one self-contained HTML page."""
 
 import base64
 import io

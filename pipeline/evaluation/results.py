@@ -1,4 +1,4 @@
-"""The figures of an evaluation as one tree of plain JSON types: what files, tables, report and MLflow are made of."""
+"""The results of an evaluation as plain JSON types, from which files, tables, report and MLflow are made."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""An evaluation as tables in Markdown and LaTeX, in the layout of the paper's, beside the rows that it publishes."""
+"""Tables of an evaluation in Markdown and LaTeX, in the paper's layout and beside its rows."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A score of a generator's masks that needs no labels: are they of objects, whole, and of nothing else?
+"""A score of a generator's masks that needs no labels: do they cover whole objects and nothing else?
 
 Each part is in [0, 1] and falls for a kind of mask that trainings end with when a threshold is wrong; the score is a
 product of them. `docs/objective.md` says how well it goes with true mIoU, and where it fails.

@@ -1,4 +1,4 @@
-"""Cut-outs with a ground-truth alpha, ready to paste."""
+"""Cut-outs with the generator's alpha, ready to paste."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A labelled data set: a model's own samples with their alpha, as shards."""
+"""A labelled dataset: generated samples with their alpha, as shards."""
 
 import hashlib
 from collections.abc import Iterator

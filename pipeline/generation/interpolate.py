@@ -1,4 +1,4 @@
-"""From one foreground to the next (paper, figure 6)."""
+"""Interpolation between foregrounds (paper, figure 6)."""
 
 import importlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a kind of output is: a dataclass of its options that writes one file or directory.
+"""Interface of an output kind: a dataclass of options that writes one file or directory.
 
 A new kind is a subclass in a file of its own, and its name in `pipeline.generation.kinds`.
 """

@@ -1,4 +1,4 @@
-"""The kinds by their names."""
+"""Registry of the output kinds."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""What the masks are made of (paper, figure S16)."""
+"""Grids of coarse, fine and final masks (paper, figure S16)."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Labelled grids of what the generator makes of fixed latents."""
+"""Labelled grids of generated samples from fixed latents."""
 
 from collections.abc import Callable, Mapping, Sequence
 

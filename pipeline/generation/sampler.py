@@ -1,4 +1,4 @@
-"""Samples by their numbers: styles, noise and images as a function of (checkpoint, seed, number, psi, noise mode)."""
+"""Samples by number: images as a function of (checkpoint, seed, number, psi, noise mode)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A trained run, opened to be looked at: its configuration, its networks as they are used."""
+"""A trained run, opened for use: its configuration and its networks."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What photographs may look like and a generator's images do not: geometry, colour, blur, noise, JPEG.
+"""Augmentation by what photographs have and generated images lack: geometry, colour, blur, noise, JPEG.
 
 All numbers are drawn from the `torch.Generator` given, for each image apart.
 """

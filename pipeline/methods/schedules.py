@@ -1,4 +1,4 @@
-"""What changes while training, as functions of the iteration (from 0) or of the images seen."""
+"""Schedules: functions of the iteration (from 0) or of the number of images seen."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the pages of ours have in common: an address, and headers."""
+"""Addresses and HTTP headers of the web pages."""
 
 import socket
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Photographs in, mattes and cut-outs out, at the photographs' own size."""
+"""Reading of photographs, and writing of mattes and cut-outs at the photographs' own size."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

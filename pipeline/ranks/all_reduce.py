@@ -1,4 +1,4 @@
-"""Ranks that each hold everything, in steps that a CUDA graph can record."""
+"""Engine for many ranks that a CUDA graph can record: one all-reduce for all gradients."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the ranks tell each other that `accelerate` has no word for."""
+"""Collectives that Accelerate does not provide."""
 
 import itertools
 import time

@@ -1,4 +1,4 @@
-"""Ranks that each hold everything: torch's DistributedDataParallel, by way of Accelerate."""
+"""Engine over torch's DistributedDataParallel, through Accelerate."""
 
 from contextlib import AbstractContextManager
 from typing import Any

@@ -1,4 +1,4 @@
-"""Ranks train the same weights, bit for bit; where they no longer do, the run is worth nothing and stops."""
+"""Detection of ranks whose weights are no longer bitwise equal."""
 
 from collections.abc import Mapping
 

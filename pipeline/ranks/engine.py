@@ -1,4 +1,4 @@
-"""What trains one network: the way from a loss to a step of its optimizer. Needs torch alone."""
+"""Engine that trains one network: from a loss to a step of its optimizer. Needs torch alone."""
 
 import contextlib
 from contextlib import AbstractContextManager

@@ -1,4 +1,4 @@
-"""Notices ranks that are gone while this one waits for them, and whole machines that just fall silent.
+"""Detection of dead ranks and silent nodes while this rank waits for them.
 
 Every rank keeps a connection to rank 0, which passes on what it learns. A process that dies closes its connection. A
 machine that vanishes no longer answers TCP's keep-alive probes: the kernel answers them, so that a rank which is only

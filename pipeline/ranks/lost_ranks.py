@@ -1,4 +1,4 @@
-"""When a rank fails, every rank ends soon, with one line that says which one failed and why, if that is known."""
+"""One-line errors on all ranks when a rank fails, with its name and the reason if it is known."""
 
 import contextlib
 from collections.abc import Iterator

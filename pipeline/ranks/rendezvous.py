@@ -1,4 +1,4 @@
-"""How the ranks meet when a launcher restarts them: a store of keys that is theirs alone.
+"""Rendezvous of ranks that a launcher has restarted, over a store of keys of their own.
 
 A launcher keeps one store over all restarts, and torch's process groups write to it under the same names each time: a
 restarted rank finds the addresses of dead ones (pytorch/pytorch#135712). `TORCHELASTIC_RESTART_COUNT` does not tell

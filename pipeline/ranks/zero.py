@@ -1,4 +1,4 @@
-"""Ranks that part among them what need not be whole on each: DeepSpeed's ZeRO (Rajbhandari et al. 2020).
+"""Engine that shards optimizer state and gradients across ranks with DeepSpeed ZeRO (Rajbhandari et al. 2020).
 
 Stage 0 parts nothing, stage 1 Adam's state, stage 2 the gradients too. Forward passes go through the bare network at
 all stages: what DeepSpeed hangs on the outputs of a pass of its own takes R1's inner derivative for the whole backward

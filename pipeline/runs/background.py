@@ -1,4 +1,4 @@
-"""Work that training need not wait for."""
+"""A background thread for work that training does not wait for."""
 
 from collections import deque
 from collections.abc import Callable

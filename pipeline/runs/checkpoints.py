@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, found, verified and pruned.
+"""Checkpoints: written atomically, found, verified and pruned.
 
 A checkpoint is one file, `checkpoint-<iteration>.pt`, of tensors and plain types, read with ``weights_only=True``.
 It is written under another name, flushed to disk and renamed: a crash never leaves half a file under a final name. A

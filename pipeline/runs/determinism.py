@@ -1,4 +1,4 @@
-"""The same bits from the same work on a GPU. Needs torch alone."""
+"""Deterministic mode on a GPU: `--deterministic`. Needs torch alone."""
 
 import contextlib
 import os

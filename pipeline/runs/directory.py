@@ -1,4 +1,4 @@
-"""What a run keeps on disk, where, and whether a configuration may resume it.
+"""The directory of a run, and whether a configuration may resume it.
 
 ``runs/NAME/`` holds `config.yaml`, `metrics.jsonl`, `samples/`, `checkpoints/` and, at the end, `summary.json`.
 """

@@ -1,4 +1,4 @@
-"""One command at a time in a directory."""
+"""Locks that admit one command at a time to a directory."""
 
 import contextlib
 from collections.abc import Iterator

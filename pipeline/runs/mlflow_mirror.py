@@ -1,4 +1,4 @@
-"""An MLflow run that mirrors a run directory, whenever the store is there.
+"""An MLflow run that mirrors a run directory, and catches up when the server was away.
 
 The directory is the record. What the store has is asked of the store itself: so after any interruption of store,
 network or run, what is missing is sent, and nothing is sent twice. Points of iterations that a resumed run repeats stay

@@ -1,4 +1,4 @@
-"""What a command sets before it computes, so that the same command gives the same bits."""
+"""Settings with which a command gives the same bits each time."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The files of a run: written whole or not at all, and one line where they cannot be."""
+"""Atomic writing of a run's files, with one-line errors."""
 
 import contextlib
 import os

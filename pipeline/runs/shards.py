@@ -1,4 +1,4 @@
-"""The images of a run: the shards that its configuration names, or the built-in ones."""
+"""Opening of the shards that a configuration names, or of the built-in ones."""
 
 import os
 

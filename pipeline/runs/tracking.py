@@ -1,4 +1,4 @@
-"""Where a run's numbers and images go: metrics.jsonl and samples/ always, MLflow besides.
+"""Tracking of metrics and images: metrics.jsonl and samples/ always, MLflow in addition.
 
 Metric names are ``group/name``. The groups: ``loss/<phase>_<term>``, ``grad_norm/<network>``, ``mask`` (generated),
 ``mask_pred_real`` (the mask predictor on real images), ``score`` (the discriminator's logits), ``speed``, ``memory``,

@@ -1,4 +1,4 @@
-"""What is seen of a run: progress, metrics, sample grids, mask metrics, checkpoints."""
+"""Callbacks: progress, metrics, sample grids, mask metrics, checkpoints."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""How long the phases of training take on their device, and how much they compute. Needs torch alone."""
+"""Device time and FLOPs of each training phase. Needs torch alone."""
 
 import contextlib
 import time

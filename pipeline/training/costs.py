@@ -1,4 +1,4 @@
-"""What a piece of work costs: time, floating-point operations, bytes, memory. Needs torch alone."""
+"""Cost of a piece of work: time, floating-point operations, bytes, memory. Needs torch alone."""
 
 import time
 import weakref

@@ -1,4 +1,4 @@
-"""Losses that become NaN or infinite: no step is taken with one, and no step waits to find out."""
+"""Guard against losses that become NaN or infinite. No step is taken with one, and no step waits for the check."""
 
 from collections import deque
 from collections.abc import Iterable

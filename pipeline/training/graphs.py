@@ -1,4 +1,4 @@
-"""Work on a GPU recorded as CUDA graphs: the host starts a thousand kernels by one call. Needs torch alone."""
+"""Recording and replay of work on a GPU as CUDA graphs. Needs torch alone."""
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass

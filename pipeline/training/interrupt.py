@@ -1,4 +1,4 @@
-"""Stopping a run from outside: a signal lets it finish its step, save, and end with the code that schedulers expect."""
+"""Signals: a run finishes its step, saves, and exits with the code that schedulers expect."""
 
 import contextlib
 import signal

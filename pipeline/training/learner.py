@@ -1,4 +1,4 @@
-"""What is trained and how a phase trains it: networks, their average, their optimizers. Needs torch alone."""
+"""The learner: networks, their average, their optimizers, and a step of a phase. Needs torch alone."""
 
 import contextlib
 import copy

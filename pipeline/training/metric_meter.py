@@ -1,4 +1,4 @@
-"""Means of what a step measures, kept on the device until they are read."""
+"""Running means of what a step measures, kept on the device until they are read."""
 
 import torch
 from accelerate import Accelerator

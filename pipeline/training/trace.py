@@ -1,4 +1,4 @@
-"""A trace of what runs when, on the host and on the device, for ui.perfetto.dev."""
+"""Trace of host and device for ui.perfetto.dev."""
 
 import contextlib
 import gzip

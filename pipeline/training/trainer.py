@@ -1,4 +1,4 @@
-"""The training loop: a learner, its data and its gradient synchronisation; what is seen of it is left to callbacks."""
+"""The training loop over a learner, its data and its gradient synchronization. Callbacks observe it."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""The page: what is on it, and which function answers what. Gradio's part alone; nothing is computed here."""
+"""The Gradio page of the demonstration: its elements and the functions behind them."""
 
 import html
 import tempfile

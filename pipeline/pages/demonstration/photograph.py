@@ -1,4 +1,4 @@
-"""A photograph cut out by the best that a run has for it."""
+"""Segmentation of an uploaded photograph by the best network that a run has."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

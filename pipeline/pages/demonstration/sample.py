@@ -1,4 +1,4 @@
-"""A generated image in its parts, with the alpha as one would have it."""
+"""A generated image and its parts, with an adjustable alpha."""
 
 from dataclasses import dataclass, replace
 

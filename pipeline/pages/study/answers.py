@@ -1,4 +1,4 @@
-"""The answers of a study in one SQLite file, each on the disk before the next question is shown."""
+"""The answers of a study in an SQLite file. Each is on disk before the next question is shown."""
 
 import contextlib
 import json

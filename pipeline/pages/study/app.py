@@ -1,4 +1,4 @@
-"""The study as a web application: one page, what it shows, and the answers that it sends.
+"""The study as a web application: one page, its images, and the answers it sends.
 
 A participant is a part of the address, ``/p/ID/``, so that a link invites and resumes. Nothing that a browser gets
 says which method is on which side: stimuli are asked for by question and side, and encoded again.

@@ -1,4 +1,4 @@
-"""The two sides of the study: serve pairs to participants, and sum up their answers."""
+"""The two commands of the study: serve pairs to participants, and summarize their answers."""
 
 import contextlib
 import json

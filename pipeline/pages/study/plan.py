@@ -1,4 +1,4 @@
-"""Who is asked what, in which order and on which sides: a function of the study's seed and the participant's id."""
+"""The plan of a study: pairs, order and sides as a function of the seed and the participant."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the answers say: shares with their intervals, and whether they can be trusted."""
+"""The result of a study: shares with confidence intervals, and checks of consistency."""
 
 from collections import Counter
 from collections.abc import Sequence

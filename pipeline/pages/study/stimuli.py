@@ -1,4 +1,4 @@
-"""What a participant is shown: photographs, and what two methods cut out of them."""
+"""The stimuli of a study: photographs, and their cut-outs by two methods."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""The distillation of a run: real images, the fit, a check, and the files that are written."""
+"""Distillation of a run: real images, the fit, a check, and the files that are written."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Teaches the matting network what a trained run knows; no label is read.
+"""Training of the matting network on a run's own samples. No label is read.
 
 Each step has two halves. Fresh samples of the generator bring their own alpha; half of them change backgrounds, so that
 the network cannot read a foreground off the background that usually comes with it. Real images have no alpha: the

@@ -1,4 +1,4 @@
-"""The network that is distilled into: a U-Net that goes down to 4x4, for images of any size."""
+"""The matting network: a U-Net for images of any size."""
 
 from pathlib import Path
 from typing import Any

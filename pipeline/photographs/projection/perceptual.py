@@ -1,4 +1,4 @@
-"""How far two images are from each other, as the projector sees it.
+"""Perceptual distances for the projector.
 
 LPIPS (Zhang et al. 2018) where the weights of its VGG-16 are available. Elsewhere the features of the run's own
 discriminator, which knows these images, compared as LPIPS compares: unit length at each pixel, squared difference.

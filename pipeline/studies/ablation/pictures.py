@@ -1,4 +1,4 @@
-"""Images of all variants from the same latents, as in the paper's figures 7 and 8."""
+"""Grids of all variants from the same latents, as in the paper's figures 7 and 8."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""What the evaluations of all trials say, taken together over the seeds: the content of ``ablation.json``."""
+"""Results of all trials, summarized over the seeds: the content of ``ablation.json``."""
 
 import statistics
 from collections.abc import Mapping, Sequence

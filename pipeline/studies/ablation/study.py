@@ -1,4 +1,4 @@
-"""The study of ablations: variants times seeds, each trained and evaluated once, and their tables."""
+"""A study of ablations: variants times seeds, each trained and evaluated once, and their tables."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""An ablation study as tables in Markdown and LaTeX: Table 1's layout, beside the rows that the paper publishes."""
+"""Tables of an ablation study in Markdown and LaTeX, in the layout of the paper's Table 1."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The method, and the method without one of its parts: overrides of the one configuration tree."""
+"""Variants of an ablation study, as overrides of the configuration tree."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

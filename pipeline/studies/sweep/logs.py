@@ -1,4 +1,4 @@
-"""What a trial prints, in a file of its own."""
+"""Capture of what a trial prints in a log file."""
 
 import contextlib
 import logging

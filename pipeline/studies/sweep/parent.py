@@ -1,4 +1,4 @@
-"""The MLflow run of a sweep, under which those of its trials are shown."""
+"""The MLflow run of a sweep, the parent of its trials' runs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

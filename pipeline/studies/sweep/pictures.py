@@ -1,4 +1,4 @@
-"""Images of a sweep: parallel coordinates by Optuna, and the objective over each parameter."""
+"""Figures of a sweep: parallel coordinates by Optuna, and the objective over each parameter."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""What became of each trial: a file beside its run directory, and the end of its MLflow run."""
+"""Records of the trials: a file for each outcome, and the end of each MLflow run."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What a sweep found: a table, the configuration to train in full, and images of objective and parameters."""
+"""Results of a sweep: a table, the best configuration, and figures."""
 
 import math
 import shlex

@@ -1,4 +1,4 @@
-"""Runs many trials over Ray Tune: on this machine, or on the machines of a Ray cluster."""
+"""Running of many trials over Ray Tune, on this machine or on a Ray cluster."""
 
 import logging
 import os

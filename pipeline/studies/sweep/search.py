@@ -1,4 +1,4 @@
-"""A sweep: what is prepared once for all trials, the trials, and what is made of their records."""
+"""The search of a sweep: preparation, trials, results."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""What a sweep searches: fields of the configuration tree, each with a distribution.
+"""The search space: fields of the configuration tree, each with a distribution.
 
 A distribution is written as in Ray Tune: ``uniform(0.1, 0.5)``, ``loguniform(1e-3, 1)``, ``quniform``, ``randint``,
 ``lograndint`` (the upper end is not drawn), ``choice(0.2, 0.35)``.
