@@ -19,11 +19,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_shards.command import run_command
+from data_shards.command import parse_options, run_command
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -202,7 +201,7 @@ def report(timings: Mapping[str, list[Timing]], skipped: Mapping[str, str]) -> s
 
 def main() -> None:
     """Measure as the command line says."""
-    arguments = tyro.cli(Arguments, description="Time the loaders on the same shards.")
+    arguments: Arguments = parse_options(Arguments, "Time the loaders on the same shards.")
     for name in ("batch", "batches", "repetitions"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} {getattr(arguments, name)} is invalid: give 1 or more")

@@ -9,7 +9,6 @@ build, as a machine's speed drifts.
 
 import io
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from data_shards.command import one_line_errors, run_command
+from data_shards.command import parse_options, run_command
 
 import numpy as np
 import psutil
@@ -55,8 +54,7 @@ class Arguments:
 
 def main() -> None:
     """Measure and print."""
-    with one_line_errors(passthrough=bool({"-h", "--help"} & set(sys.argv))):
-        arguments = tyro.cli(Arguments, description=__doc__)
+    arguments: Arguments = parse_options(Arguments, __doc__)
     if min(arguments.num_images, arguments.resolution, arguments.width, arguments.height) < 1:
         raise UserError("--num-images, --resolution, --width and --height must be 1 or more")
     with tempfile.TemporaryDirectory() as directory:

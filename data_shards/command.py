@@ -8,7 +8,9 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from data_shards.errors import MemoryShortageError, UserError, shortage_of_memory
 
@@ -38,6 +40,27 @@ def one_line_errors(*, passthrough: bool = False) -> Iterator[None]:
             raise
         lines = [line.strip("│╭╮╰╯─|+- ") if line[:1] in "│╭╰|+" else line for line in captured.getvalue().splitlines()]
         raise UserError(" ".join(" ".join(lines).split())) from None
+
+
+def parse_options(
+    kind: Any, description: str | None = None, *, args: Sequence[str] | None = None, prog: str | None = None
+) -> Any:
+    """Read a command line into a dataclass with tyro.
+
+    Args:
+        kind: a dataclass, or a union of them for subcommands.
+        description: shown by `--help`.
+        args: the arguments; those of this process by default.
+        prog: name of the command; that of its file by default.
+
+    Raises:
+        UserError: an argument is unknown, missing or of the wrong type.
+    """
+    import tyro  # not on every machine that only runs benchmarks
+
+    args = sys.argv[1:] if args is None else args
+    with one_line_errors(passthrough=bool({"-h", "--help"} & set(args))):
+        return tyro.cli(kind, prog=prog or Path(sys.argv[0]).name, description=description, args=args)
 
 
 @contextlib.contextmanager

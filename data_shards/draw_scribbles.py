@@ -6,14 +6,12 @@ For each image NAME.png and NAME.scribble.png: green on the creature, red on its
 stands in for a person in the demonstration of `pipeline/train.py --scribbles`; on images of your own, draw yourself.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_shards.command import one_line_errors, run_command
+from data_shards.command import parse_options, run_command
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy.ndimage import minimum_filter
@@ -63,8 +61,7 @@ class Arguments:
 
 def main() -> None:
     """Draw as the command line says."""
-    with one_line_errors(passthrough=bool({"-h", "--help"} & set(sys.argv[1:]))):
-        arguments = tyro.cli(Arguments, prog=Path(sys.argv[0]).name, description=__doc__)
+    arguments: Arguments = parse_options(Arguments, __doc__)
     names = draw_scribbles(arguments)
     print(f"{arguments.out}: strokes on {', '.join(names)}; next: pipeline/train.py --scribbles {arguments.out}")
 

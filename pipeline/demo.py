@@ -7,15 +7,12 @@ import contextlib
 import importlib.util
 import os
 import signal
-import sys
 import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_shards.command import one_line_errors, run_command
-
-import tyro
+from data_shards.command import parse_options, run_command
 
 from data_shards.errors import UserError
 from pipeline.generation.trained_run import open_run
@@ -49,8 +46,7 @@ class Arguments:
 
 def main() -> None:
     """Answer browsers until interrupted."""
-    with one_line_errors(passthrough=bool({"-h", "--help"} & set(sys.argv[1:]))):
-        arguments = tyro.cli(Arguments, prog=Path(sys.argv[0]).name, description=__doc__)
+    arguments: Arguments = parse_options(Arguments, __doc__)
     check_installed()
     make_repeatable(arguments.num_threads)
     device = this_device()

@@ -5,20 +5,15 @@ python pipeline/segment.py PHOTO... --run runs/mine
 """
 
 import logging
-import sys
-from pathlib import Path
 
-from data_shards.command import one_line_errors, run_command
-
-import tyro
+from data_shards.command import parse_options, run_command
 
 from pipeline.photographs.distillation.distill import DistillOptions, distill_run
 
 
 def main() -> None:
     """Distil as the command line says."""
-    with one_line_errors(passthrough=bool({"-h", "--help"} & set(sys.argv[1:]))):
-        options = tyro.cli(DistillOptions, prog=Path(sys.argv[0]).name, description=__doc__)
+    options: DistillOptions = parse_options(DistillOptions, __doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     print(distill_run(options))
 

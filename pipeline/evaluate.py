@@ -5,12 +5,8 @@ accelerate launch pipeline/evaluate.py --run runs/mine --num-samples 50000 --psi
 """
 
 import logging
-import sys
-from pathlib import Path
 
-from data_shards.command import one_line_errors, run_command
-
-import tyro
+from data_shards.command import parse_options, run_command
 
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
 from pipeline.runs.reproducible import make_repeatable
@@ -23,8 +19,7 @@ PATIENCE_S = 1800.0
 
 def main() -> None:
     """Evaluate as the command line says."""
-    with one_line_errors(passthrough=bool({"-h", "--help"} & set(sys.argv[1:]))):
-        options = tyro.cli(EvaluationOptions, prog=Path(sys.argv[0]).name, description=DESCRIPTION)
+    options: EvaluationOptions = parse_options(EvaluationOptions, DESCRIPTION)
     accelerator = make_accelerator(PATIENCE_S)
     logging.basicConfig(
         level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s", force=True

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_shards.command import one_line_errors, run_command
+from data_shards.command import parse_options, run_command
 
 import tyro
 
@@ -46,13 +46,12 @@ def main() -> None:
     argv = sys.argv[1:]
     name = argv[0] if argv and argv[0] in COMMANDS else None
     kind: Any = COMMANDS[name] if name else Segment
-    with one_line_errors(passthrough=bool({"-h", "--help"} & set(argv))):
-        command = tyro.cli(
-            kind,
-            prog=" ".join([Path(sys.argv[0]).name, *([name] if name else [])]),
-            description=kind.__doc__ if name else f"{kind.__doc__}\n\n{__doc__}",
-            args=argv[1:] if name else argv,
-        )
+    command = parse_options(
+        kind,
+        kind.__doc__ if name else f"{kind.__doc__}\n\n{__doc__}",
+        args=argv[1:] if name else argv,
+        prog=f"segment.py {name}" if name else None,
+    )
     command()
 
 

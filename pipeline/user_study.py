@@ -5,12 +5,7 @@ python pipeline/user_study.py serve --images photos --method-a ours=masks/ours -
 python pipeline/user_study.py result --answers study.sqlite
 """
 
-import sys
-from pathlib import Path
-
-from data_shards.command import one_line_errors, run_command
-
-import tyro
+from data_shards.command import parse_options, run_command
 
 from pipeline.pages.study.commands import Result, Serve, serve, show_result
 
@@ -19,8 +14,7 @@ DESCRIPTION = "Ask people which of two methods' masks is more precise (the paper
 
 def main() -> None:
     """Serve or sum up, as the command line says."""
-    with one_line_errors(passthrough=bool({"-h", "--help"} & set(sys.argv[1:]))):
-        command = tyro.cli(Serve | Result, prog=Path(sys.argv[0]).name, description=DESCRIPTION)
+    command: Serve | Result = parse_options(Serve | Result, DESCRIPTION)
     if isinstance(command, Serve):
         serve(command)
     else:

@@ -7,14 +7,12 @@ Activations, which are most of a step, are not in it: `pipeline/bench.py` measur
 """
 
 import itertools
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 
-from data_shards.command import one_line_errors, run_command
+from data_shards.command import parse_options, run_command
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
@@ -126,8 +124,7 @@ class Arguments:
 
 def main() -> None:
     """Print the table that the command line asks for."""
-    with one_line_errors(passthrough=bool({"-h", "--help"} & set(sys.argv[1:]))):
-        arguments = tyro.cli(Arguments, description=__doc__)
+    arguments: Arguments = parse_options(Arguments, __doc__)
     if min(arguments.ranks) < 1:
         raise UserError(f"--ranks {min(arguments.ranks)} is invalid: give 1 or more")
     print(table(arguments.resolutions, arguments.ranks))
