@@ -150,6 +150,8 @@ def test_rows_are_printed_before_the_next_phase_is_measured(capsys: pytest.Captu
 def _same_handlers() -> Iterator[None]:
     """A command that was interrupted ignores further signals until its end, which is not that of the tests."""
     former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    # A shell that starts the tests in the background has SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in former.items():
         signal.signal(number, handler)
