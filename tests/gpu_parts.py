@@ -31,7 +31,7 @@ from pipeline.methods.schedules import is_due
 from pipeline.training.learner import Learner
 
 TESTS = Path(__file__).resolve().parent
-OURS = {"data_shards", "models", "pipeline", *(path.stem for path in TESTS.glob("*.py"))}
+OURS = {"data_shards", "models", "pipeline", *(path.stem for path in TESTS.rglob("*.py"))}
 PACKAGES = ("triton", "numpy", "PIL", "tqdm", "accelerate", "tyro", "pydantic", "webdataset", "nvidia.dali", "mlflow")
 
 TOLERANCE = 0.01
@@ -68,8 +68,9 @@ def missing(module: str) -> str | None:
 
 def gpu_tests() -> None:
     """Print files with tests that need a GPU; on stderr those that cannot be imported, and why."""
-    for path in sorted(TESTS.glob("test_*.py")):
+    for path in sorted(TESTS.rglob("test_*.py")):
         if "pytest.mark.gpu" in path.read_text():
+            sys.path.insert(0, str(path.parent))  # as pytest does
             if (package := missing(path.stem)) is None:
                 print(path)
             else:

@@ -23,9 +23,7 @@ from data_shards.command import run_command
 
 import tyro
 from helpers import assert_same_bits, children, command, environment, flags, training_rows, wait_until
-from test_interrupt import EXACT
-from test_ranks import TWO_RANKS
-from test_resume import of_the_seed
+from two_ranks import EXACT, TWO_RANKS, of_the_seed
 
 from data_shards.errors import UserError
 from pipeline.runs.checkpoints import BEST, checkpoint_path, list_checkpoints, load_checkpoint

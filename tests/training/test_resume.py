@@ -27,6 +27,7 @@ from helpers import (
     train_in_process,
     training_rows,
 )
+from two_ranks import of_the_seed
 
 from data_shards.reading.batches import Batch
 from data_shards.reading.loader import make_loader
@@ -38,7 +39,6 @@ pytest.importorskip("nvidia.dali")
 
 EVERY_STEP = {"loader": "dali", "log": {"checkpoint_interval_images": BATCH, "keep_checkpoints": 99}}
 EXACT = ("iteration", "images_seen", "seed", "generator", "discriminator", "ema", "optimizers", "loader")
-NOT_OF_THE_SEED = ("speed/", "memory/", "timestamp_ms")
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +98,6 @@ def next_batch(run_dir: Path, cache: Path, *, steps_before: int | None = None) -
     loader.close()
     shard_set.close()
     return batch
-
-
-def of_the_seed(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not name.startswith(NOT_OF_THE_SEED)}
 
 
 # --- exactly ---

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from helpers import BATCH, children, command, environment, shard_cache, tiny, training_rows, wait_until
-from test_ranks import TWO_RANKS
 from torch.distributed import HashStore
+from two_ranks import TWO_RANKS
 
 from data_shards.errors import UserError
 from pipeline.ranks.rendezvous import agree_on_start

@@ -13,8 +13,8 @@ from PIL import Image
 from test_accumulation import CPU, config
 from test_phases import B, make_step
 from test_phases import networks as networks  # a fixture
-from test_ranks import TWO_RANKS, assert_trained_alike, assert_weights_alike
 from torch import Tensor
+from two_ranks import TWO_RANKS, assert_trained_alike, assert_weights_alike
 
 from data_shards.errors import UserError
 from pipeline.config import LossConfig

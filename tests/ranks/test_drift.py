@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import patched, shard_cache, tiny, train_in_new_process
-from test_ranks import TWO_RANKS
+from two_ranks import TWO_RANKS
 
 from pipeline.ranks.drift import fingerprint
 from pipeline.runs.checkpoints import list_checkpoints

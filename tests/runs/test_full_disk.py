@@ -30,7 +30,7 @@ from helpers import (
     write_noise,
 )
 from PIL import Image
-from test_ranks import TWO_RANKS
+from two_ranks import TWO_RANKS
 
 from data_shards.errors import UserError
 from pipeline.config.files import config_from_dict, merge

@@ -14,7 +14,7 @@ from helpers import TINY, furballs, shard_cache, train_in_new_process, train_in_
 from numpy.typing import NDArray
 from reference import reference_d_main, reference_d_r1, reference_g_main
 from test_phases import assert_terms_agree
-from test_ranks import GLOBAL_BATCH, TWO_RANKS, assert_weights_alike
+from two_ranks import GLOBAL_BATCH, TWO_RANKS, assert_weights_alike
 
 from models.discriminator import Discriminator
 from models.generator import FurryGenerator

@@ -21,14 +21,12 @@ from helpers import (
     training,
     training_rows,
 )
-from test_ranks import TWO_RANKS
+from two_ranks import EXACT, TWO_RANKS
 
 from pipeline.config.files import merge
 from pipeline.evaluation.mask_metrics import MaskMetrics
 from pipeline.runs.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint
 from pipeline.training import callbacks
-
-EXACT = ("iteration", "images_seen", "generator", "discriminator", "ema", "optimizers", "loader")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Compiles each Triton kernel for an H100 as its launch would, without a GPU, and prints its name.
 
-python tests/compile_kernels.py
+python tests/models/compile_kernels.py
 """
 
 from typing import Any

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from helpers import PIPES, TINY, environment, shard_cache
 from sweeping import RAY_TUNE, SMALL
-from test_two_nodes import ADDRESSES, two_nodes
-from test_two_nodes import _needs_root as _needs_root  # a fixture of all tests here
+from two_nodes import ADDRESSES, two_nodes
+from two_nodes import _needs_root as _needs_root  # a fixture of all tests here
 
 from pipeline.config.files import merge
 from pipeline.studies.sweep.records import read_records

@@ -1,4 +1,4 @@
-"""Run a script with little memory: ``python tests/limited.py MEGABYTES SCRIPT ARGUMENT...`` leaves it so much for data.
+"""Run a script with little memory: ``limited.py MEGABYTES SCRIPT ARGUMENT...`` leaves it so much for data.
 
 Linux alone. What the script imports is not counted.
 """

@@ -1,6 +1,6 @@
 """A script that trains on 1, 2 and 4 ranks, and records what each of them did and holds.
 
-python tests/rank_records.py SHARD_CACHE OUT
+python tests/ranks/rank_records.py SHARD_CACHE OUT
 
 Its ranks are processes forked after the imports, which take longer than the training.
 """

@@ -18,7 +18,7 @@ from helpers import (
     training_rows,
     write_noise,
 )
-from test_ranks import TWO_RANKS, assert_weights_alike
+from two_ranks import TWO_RANKS, assert_weights_alike
 from zero_worker import BACKENDS, HALF, HANDED, LOSS, MODEL, STEPS, config_of
 
 from models.discriminator import Discriminator
@@ -28,7 +28,7 @@ from pipeline.benchmarks.memory import Arguments, held, largest_share, table
 from pipeline.ranks.zero import settings
 from pipeline.runs.checkpoints import checkpoint_path, list_checkpoints, load_checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ZERO = [name for name in BACKENDS if name != "ddp"]
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 

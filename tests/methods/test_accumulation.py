@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import shard_cache, tiny, train_in_new_process, train_in_process
-from test_ranks import TWO_RANKS, assert_trained_alike, assert_weights_alike
+from two_ranks import TWO_RANKS, assert_trained_alike, assert_weights_alike
 
 from pipeline.config import Config, preset
 from pipeline.methods.furrygan.phases import PhaseResult, Step

@@ -13,7 +13,7 @@ from helpers import PIPES, TINY, Outcome, environment, run_in_process
 import ray_tune
 from pipeline.config.files import merge
 
-RAY_TUNE = Path(__file__).parents[1] / "ray_tune.py"
+RAY_TUNE = Path(__file__).parents[2] / "ray_tune.py"
 STEPS = 10
 SMALL = ("--config", "tiny.yaml", "--trial-steps", str(STEPS))
 

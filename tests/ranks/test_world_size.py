@@ -18,8 +18,8 @@ import pytest
 import torch
 from helpers import PIPES, assert_same_bits, environment, shard_cache
 from rank_records import GLOBAL_BATCH, PHI1, RANKS, RECIPES, STEPS
-from test_ranks import assert_weights_alike
 from torch import Tensor
+from two_ranks import assert_weights_alike
 
 SCRIPT = Path(__file__).parent / "rank_records.py"
 NETWORKS = ("generator", "discriminator", "ema")

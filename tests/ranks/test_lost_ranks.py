@@ -20,7 +20,7 @@ from helpers import (
     wait_until,
     write_noise,
 )
-from test_ranks import TWO_RANKS
+from two_ranks import TWO_RANKS
 
 from pipeline.runs.checkpoints import list_checkpoints, load_checkpoint
 

@@ -1,6 +1,6 @@
 """What `test_deepspeed.py` lets each of two ranks do, all in one pair of processes.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/zero_worker.py OUT RUN
+python -m torch.distributed.run --nproc-per-node 2 tests/ranks/zero_worker.py OUT RUN
 """
 
 import json

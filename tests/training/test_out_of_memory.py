@@ -1,6 +1,6 @@
 """Commands that run out of memory say so in one line, which names what to do; what was saved stays whole.
 
-Each runs in a process of its own whose memory the kernel limits (`tests/limited.py`).
+Each runs in a process of its own whose memory the kernel limits (`tests/training/limited.py`).
 """
 
 import errno
