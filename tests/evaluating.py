@@ -1,15 +1,13 @@
 """What the tests of the evaluation command share."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import extractors
-from helpers import PIPES, Outcome, environment, run_in_process, tiny, train_in_process
+from helpers import PIPES, Outcome, environment, python_path, run_in_process, tiny, train_in_process
 
 from pipeline import evaluate
 
@@ -46,12 +44,6 @@ def evaluate_in_new_process(cwd: Path, *arguments: str, launcher: Sequence[str] 
         timeout=300,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
-
-
-def python_path() -> str:
-    """Where a new process finds the tests' own modules."""
-    before = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([str(Path(extractors.__file__).parent), *([before] if before else [])])
 
 
 def results(out: Path) -> dict[str, Any]:

@@ -135,6 +135,12 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "COLUMNS"} | ON_CPU
 
 
+def python_path() -> str:
+    """Where a new process finds the tests' own modules."""
+    before = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+
+
 @contextlib.contextmanager
 def _own_state() -> Iterator[None]:
     """Undo what a command leaves in its process: log handlers on a captured stream, accelerate's singletons."""

@@ -17,11 +17,10 @@ from evaluating import (
     SMALL,
     evaluate_in_new_process,
     evaluate_in_process,
-    python_path,
     results,
     train_tiny_run,
 )
-from helpers import NUM_IMAGES, PIPES, RESOLUTION, environment, furballs, shard_cache, write_noise
+from helpers import NUM_IMAGES, PIPES, RESOLUTION, environment, furballs, python_path, shard_cache, write_noise
 from PIL import Image
 
 from data_shards.reading.shard_set import ShardSet

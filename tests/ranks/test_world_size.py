@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import PIPES, assert_same_bits, environment, shard_cache
+from helpers import PIPES, assert_same_bits, environment, python_path, shard_cache
 from rank_records import GLOBAL_BATCH, PHI1, RANKS, RECIPES, STEPS
 from torch import Tensor
 from two_ranks import assert_weights_alike
@@ -32,7 +32,9 @@ Records = Mapping[int, Mapping[str, list[dict[str, Any]]]]
 def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
     out = tmp_path_factory.mktemp("ranks")
     call = [sys.executable, str(SCRIPT), str(shard_cache(tmp_path_factory)), str(out)]
-    done = subprocess.run(call, env=environment() | {"OMP_NUM_THREADS": "1"}, timeout=500, **PIPES)
+    done = subprocess.run(
+        call, env=environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}, timeout=500, **PIPES
+    )
     assert done.returncode == 0, done.stderr
     return {num: {recipe: [read(out / str(num), recipe, r) for r in range(num)] for recipe in RECIPES} for num in RANKS}
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from evaluating import python_path
-from helpers import TINY, Outcome, run_in_process, shard_cache, train_in_process
+from helpers import TINY, Outcome, python_path, run_in_process, shard_cache, train_in_process
 from PIL import Image
 
 from pipeline import ablate
