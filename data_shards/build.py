@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> Arguments[Any] | Path:
     """The arguments of a build, or the set to verify.
 
     Raises:
-        UserError: an argument that does not exist, is missing or is impossible.
+        UserError: an argument that does not exist, is missing or is invalid.
         SystemExit: after `--help`.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

@@ -70,7 +70,7 @@ def draw_scribbles(arguments: Arguments) -> list[str]:
     """Write the images and their strokes; returns their names.
 
     Raises:
-        UserError: the resolution is impossible, or too few images have room for the strokes.
+        UserError: the resolution is invalid, or too few images have room for the strokes.
     """
     source = Shadows(resolution=arguments.resolution, seed=arguments.seed, num_images=arguments.count * MAX_LOOKED_AT)
     drawn: dict[str, tuple[Image.Image, Image.Image]] = {}

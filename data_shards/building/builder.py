@@ -73,7 +73,7 @@ class BuildOptions:
         """Check the numbers.
 
         Raises:
-            UserError: one is impossible.
+            UserError: one is invalid.
         """
         if self.shard_mib < 1:
             raise UserError(f"--shard-mib {self.shard_mib} is not positive; give 1 or more")

@@ -58,7 +58,7 @@ def parse_arguments(kind: type[Parsed], description: str, argv: list[str] | None
         argv: arguments, those of the process by default.
 
     Raises:
-        UserError: an argument or value that does not exist or is impossible.
+        UserError: an argument or value that does not exist or is invalid.
         SystemExit: after `--help`.
     """
     argv = sys.argv[1:] if argv is None else argv

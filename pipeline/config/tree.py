@@ -244,12 +244,12 @@ class Config(_Section):
             raise UserError(f"dataset {self.dataset!r} is unknown: choose one of {', '.join(PRESETS)}")
         if not MIN_RESOLUTION <= self.resolution <= MAX_RESOLUTION or self.resolution & (self.resolution - 1):
             raise UserError(
-                f"resolution {self.resolution} is impossible: "
+                f"resolution {self.resolution} is invalid: "
                 f"give a power of two from {MIN_RESOLUTION} to {MAX_RESOLUTION}"
             )
         if self.batch % STDDEV_GROUP_SIZE:
             raise UserError(
-                f"batch {self.batch} is impossible: half of it becomes composites and minibatch stddev takes groups of "
+                f"batch {self.batch} is invalid: half of it becomes composites and minibatch stddev takes groups of "
                 f"{STDDEV_GROUP_SIZE}, so give a multiple of {STDDEV_GROUP_SIZE}"
             )
         if self.batch % (STDDEV_GROUP_SIZE * self.accumulate):
@@ -334,7 +334,7 @@ def preset(dataset: str, **overrides: Any) -> Config:
     """A preset with some top-level fields overridden: `config_io.config_from_dict` for where pydantic is not available.
 
     Raises:
-        UserError: the preset is unknown, or a value is impossible.
+        UserError: the preset is unknown, or a value is invalid.
     """
     values = PRESETS.get(dataset, {}) | {"dataset": dataset} | overrides
     sections = {f.name: f.default_factory for f in fields(Config) if f.default_factory is not MISSING}

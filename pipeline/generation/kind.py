@@ -48,7 +48,7 @@ class Kind(ABC):
         """Check the numbers.
 
         Raises:
-            UserError: one is impossible.
+            UserError: one is invalid.
         """
         for option, value in (("count", self.count), ("batch", self.batch)):
             if value < 1:

@@ -71,7 +71,7 @@ class Comparison:
         """Check the numbers.
 
         Raises:
-            UserError: one is impossible.
+            UserError: one is invalid.
         """
         for name, value, low in (
             ("count", self.count, 1),

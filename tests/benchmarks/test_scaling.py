@@ -164,7 +164,7 @@ def test_tables_leave_out_what_cannot_be(config: Config, work: list[PhaseWork]) 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"), [(["--batch", "12", "--ranks", "2"], "batch 12"), (["--adapters", "0"], "0 is impossible")]
+    ("arguments", "named"), [(["--batch", "12", "--ranks", "2"], "batch 12"), (["--adapters", "0"], "0 is invalid")]
 )
 def test_impossible_arguments_end_with_one_line(arguments: list[str], named: str) -> None:
     with mock.patch.object(sys, "argv", ["bench_ranks.py", *arguments]), pytest.raises(UserError, match=named):

@@ -315,7 +315,7 @@ def test_what_is_said_on_the_page_is_text_and_no_markup() -> None:
 
 
 def test_impossible_seed_gets_a_message(client: Client) -> None:
-    with pytest.raises(AppError, match="seed -1 is impossible"):
+    with pytest.raises(AppError, match="seed -1 is invalid"):
         ask(client, -1)
     with pytest.raises(AppError, match="a seed is empty"):
         ask(client, None)  # type: ignore[arg-type]

@@ -82,14 +82,14 @@ def test_override_changes_the_named_fields_alone() -> None:
 MISTAKES = {
     "loss.phi3=uniform(0,1)": "no loss.phi3",
     "loss.phi1": "write field=distribution",
-    "loss.phi1=uniform(0,2)": "2 is impossible",
+    "loss.phi1=uniform(0,2)": "2 is invalid",
     "loss.phi1=uniform(0.5,0.1)": "is empty",
     "loss.phi2=loguniform(0,0.1)": "above 0",
     "loss.phi1=uniform(0.1)": "is no distribution",
     "loss.phi1=normal(0,1)": "is no distribution",
     "loss.phi1=__import__('os').getcwd()": "is no distribution",
     "loss.phi1=uniform(a,b)": "is no distribution",
-    "loss.r1_interval=uniform(1.5,2.5)": "1.5 is impossible",
+    "loss.r1_interval=uniform(1.5,2.5)": "1.5 is invalid",
     "model.channel_base=choice(16)": "leaves no channels",
 }
 

@@ -38,7 +38,7 @@ class Choices:
         """Check the numbers.
 
         Raises:
-            UserError: one is impossible.
+            UserError: one is invalid.
         """
         for name, seed in (("seed", self.seed), ("background seed", self.background_seed)):
             if seed is not None and not 0 <= seed < 2**32:

@@ -53,7 +53,7 @@ class FitOptions:
         """Check the numbers.
 
         Raises:
-            UserError: one is impossible.
+            UserError: one is invalid.
         """
         for name, value, low in (("steps", self.steps, 2), ("batch", self.batch, 4)):
             if value < low or (name == "batch" and value % 4):

@@ -50,7 +50,7 @@ class ProjectionOptions:
         """Check the numbers.
 
         Raises:
-            UserError: one is impossible.
+            UserError: one is invalid.
         """
         if self.steps < 1:
             raise UserError(f"--steps {self.steps} is invalid: give 1 or more")

@@ -84,14 +84,14 @@ def num_at_a_time(resources: Resources) -> int:
     for kind, option in (("GPU", "--gpus-per-trial"), ("CPU", "--cpus-per-trial")):
         most = max((machine.get(kind, 0.0) for machine in machines), default=0.0)
         if each[kind] > most:
-            raise UserError(f"{option} {each[kind]:g} is impossible: no machine here has more than {most:g}")
+            raise UserError(f"{option} {each[kind]:g} is invalid: no machine here has more than {most:g}")
     fitting = [
         min(int(machine.get(kind, 0.0) / amount + 1e-9) for kind, amount in each.items() if amount)
         for machine in machines
     ]
     if sum(fitting) < resources.num_workers:
         raise UserError(
-            f"--workers-per-trial {resources.num_workers} is impossible: the machines here have room for {sum(fitting)}"
+            f"--workers-per-trial {resources.num_workers} is invalid: the machines here have room for {sum(fitting)}"
         )
     return sum(fitting) // resources.num_workers
 

@@ -65,7 +65,7 @@ class Search:
         """Run the trials that have not been run, and tell what all of them say.
 
         Raises:
-            UserError: the data or the resources are impossible.
+            UserError: the data or the resources are invalid.
             SystemExit: after Ctrl-C.
         """
         options = self._options

@@ -83,7 +83,7 @@ def make_space(tree: Config, searched: Sequence[str]) -> dict[str, str]:
             try:
                 override(tree, {field: value})
             except UserError as error:
-                raise UserError(f"--search {field}={distribution}: {value} is impossible ({error})") from None
+                raise UserError(f"--search {field}={distribution}: {value} is invalid ({error})") from None
     return space
 
 
@@ -135,7 +135,7 @@ def override(tree: Config, fields: Mapping[str, Any]) -> Config:
         fields: by dotted name.
 
     Raises:
-        UserError: a value is impossible.
+        UserError: a value is invalid.
     """
     values = config_to_dict(tree)
     for field, value in fields.items():

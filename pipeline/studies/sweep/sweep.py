@@ -15,13 +15,13 @@ def sweep(options: SweepOptions, out: Path) -> None:
         out: its directory.
 
     Raises:
-        UserError: the configuration, the space or the resources are impossible; nothing was begun.
+        UserError: the configuration, the space or the resources are invalid; nothing was begun.
         SystemExit: after Ctrl-C.
     """
     space = make_space(options.tree, _searched(options))
     if options.resume is None and (out / SWEEP_FILE).exists():
         raise UserError(f"{out} holds a sweep already: resume it with --resume {out}, or choose another --out")
-    # Ray takes seconds to import, and what is impossible is to be known before.
+    # Ray takes seconds to import, and what is invalid is to be known before.
     from pipeline.studies.sweep.search import Search
 
     Search(options, space, out).run()
